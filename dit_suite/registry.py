@@ -1,0 +1,122 @@
+"""The one table of techniques: which model, pipeline, options and bundled checkpoint belong to a name.
+
+Rows hold strings `module:Attribute`; nothing is imported until it is asked for.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from dit_suite.options import Options
+
+
+@dataclass(frozen=True)
+class Technique:
+    """One row.
+
+    Attributes:
+        name: what `--pipeline` and the app call it.
+        title: what people read.
+        task: "text-to-image", "class-to-image", "text-to-video" or "action-to-video".
+        model: the network's class.
+        pipeline: the pipeline's class.
+        options: the call options (a frozen dataclass whose `condition` names the per-sample input).
+        bundled: name of the checkpoint that comes with the repository, or None.
+        accelerations: names of the plug-ins that fit.
+        aliases: diffusers pipeline classes whose folders this pipeline runs.
+    """
+
+    name: str
+    title: str
+    task: str
+    model: str
+    pipeline: str
+    options: str
+    bundled: str | None = None
+    accelerations: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def pipeline_name(self) -> str:
+        return self.pipeline.partition(":")[2]
+
+    def model_class(self) -> type:
+        return resolve(self.model)
+
+    def pipeline_class(self) -> type:
+        return resolve(self.pipeline)
+
+    def options_class(self) -> type[Options]:
+        return resolve(self.options)
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """A plug-in: `apply(pipe, config)` returns a reversible handle."""
+
+    name: str
+    title: str
+    config: str
+    apply: str
+
+    def config_class(self) -> type[Options]:
+        return resolve(self.config)
+
+    def apply_to(self, pipe: Any, config: Options) -> Any:
+        return resolve(self.apply)(pipe, config)
+
+
+def resolve(reference: str) -> Any:
+    """Imports `module:Attribute`."""
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+TECHNIQUES: tuple[Technique, ...] = (
+    Technique(
+        name="pixart",
+        title="PixArt (text to image)",
+        task="text-to-image",
+        model="diffusers:PixArtTransformer2DModel",
+        pipeline="dit_suite.pipelines.pipeline_text_to_image:TextToImagePipeline",
+        options="dit_suite.call_options:TextToImageOptions",
+        bundled="emoji-pixart-64",
+        accelerations=("bac",),
+        aliases=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
+    ),
+)
+
+ACCELERATIONS: tuple[Acceleration, ...] = ()
+
+
+def technique(name: str) -> Technique:
+    """The row called `name`; `ValueError` lists the names when there is none."""
+    for row in TECHNIQUES:
+        if row.name == name:
+            return row
+    raise ValueError(f"there is no technique {name!r}; the names are {', '.join(row.name for row in TECHNIQUES)}")
+
+
+def technique_of_class(class_name: str, model_class_name: str | None = None) -> Technique:
+    """The row whose pipeline, or an alias of it, is `class_name`.
+
+    Several techniques may share a pipeline; `model_class_name` (as recorded for the transformer) picks among them.
+
+    Raises:
+        ValueError: no row has that pipeline.
+    """
+    rows = [row for row in TECHNIQUES if class_name == row.pipeline_name or class_name in row.aliases]
+    if not rows:
+        known = sorted({row.pipeline_name for row in TECHNIQUES} | {a for row in TECHNIQUES for a in row.aliases})
+        raise ValueError(f"{class_name!r} is not a pipeline of this suite; it opens {', '.join(known)}")
+    exact = [row for row in rows if row.model.partition(":")[2] == model_class_name]
+    return (exact or rows)[0]
+
+
+def acceleration(name: str) -> Acceleration:
+    """The plug-in called `name`; `ValueError` lists the names when there is none."""
+    for row in ACCELERATIONS:
+        if row.name == name:
+            return row
+    names = ", ".join(row.name for row in ACCELERATIONS) or "none"
+    raise ValueError(f"there is no acceleration {name!r}; the names are {names}")

@@ -1,0 +1,1 @@
+"""Schedulers that diffusers lacks, and the step context that every pipeline publishes."""

@@ -1,0 +1,179 @@
+"""The step context for pipelines that are not ours: a hook on the root of a diffusers model.
+
+diffusers' pipelines announce the guidance branch, and in newer releases the step, through `model.cache_context(...)`.
+Where they do, the hook believes them. Where they do not, it counts: a changed timestep is a new step, a repeated one is
+another branch or evaluation of the same step, and a timestep that jumps back against the direction of travel is a new
+run. diffusers resets stateful hooks at the end of a pipeline call, which ends the run here too.
+"""
+
+import inspect
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+
+from dit_suite.schedulers.step_plan import Run, StepContext, current_step, publish_step
+
+HOOK_NAME = "dit_suite_step"
+_UNNAMED_BRANCHES = ("batched", "uncond")
+
+
+class _NoState(BaseState):
+    """diffusers hands the cache context only to hooks that own a state manager; this one keeps nothing in it."""
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
+@dataclass
+class _Progress:
+    """Where one thread's run stands."""
+
+    run: Run = field(default_factory=Run)
+    step_index: int = 0
+    timestep: float | None = None
+    announced_index: int | None = None
+    direction: int = 0
+    evaluation: int = 0
+    seen: list[str] = field(default_factory=list)
+
+    def _next_step(self) -> None:
+        self.step_index += 1
+        self.evaluation = 0
+        self.seen = []
+
+    def advance(self, timestep: float, name: str | None, announced_index: int | None) -> "_Progress":
+        """The progress after one more evaluation at `timestep` (a new object where a new run starts)."""
+        if self.timestep is None:
+            return self._record(timestep, name, announced_index)
+        change = (timestep > self.timestep) - (timestep < self.timestep)
+        if announced_index is not None:
+            if self.announced_index is not None and announced_index < self.announced_index:
+                return _Progress()._record(timestep, name, announced_index)
+            if announced_index != self.announced_index:
+                self._next_step()
+            elif change or name in self.seen:
+                self.evaluation += 1
+                self.seen = []
+        elif change:
+            if self.direction and change != self.direction:
+                return _Progress()._record(timestep, name, announced_index)
+            self.direction = change
+            self._next_step()
+        elif self._branch(name) in self.seen:
+            self.evaluation += 1
+            self.seen = []
+        return self._record(timestep, name, announced_index)
+
+    def _branch(self, name: str | None) -> str:
+        if name is None:
+            return _UNNAMED_BRANCHES[min(len(self.seen), 1)]
+        return name if name in ("cond", "uncond") else "batched"
+
+    def _record(self, timestep: float, name: str | None, announced_index: int | None) -> "_Progress":
+        self.seen.append(self._branch(name))
+        self.timestep = timestep
+        if announced_index is not None:
+            self.announced_index = self.step_index = announced_index
+        return self
+
+    @property
+    def branch(self) -> str:
+        return self.seen[-1]
+
+
+class _StepHook(ModelHook):
+    _is_stateful = True
+
+    def __init__(self, parameters: tuple[str, ...], pipeline: Any) -> None:
+        super().__init__()
+        self.users = 0
+        self.pipeline = pipeline
+        self.manager = StateManager(_NoState)
+        self._parameters = parameters
+        self._progress = threading.local()
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self._progress.value = _Progress()
+        self.manager.reset()
+        return module
+
+    def _announced(self) -> tuple[str | None, int | None, int | None]:
+        try:
+            context = self.manager.context
+        except ValueError:
+            return None, None, None
+        name, index, count = (getattr(context, key, None) for key in ("name", "step_index", "num_inference_steps"))
+        return name, index, count
+
+    def _context(self, args: tuple, kwargs: dict[str, Any]) -> StepContext | None:
+        given = dict(zip(self._parameters, args, strict=False)) | kwargs
+        timestep = given.get("timestep")
+        if timestep is None:
+            return None
+        value = float(torch.as_tensor(timestep).flatten()[0])
+        name, index, count = self._announced()
+        progress = getattr(self._progress, "value", None) or _Progress()
+        progress = self._progress.value = progress.advance(value, name, index)
+        if count is None:
+            count = getattr(self.pipeline, "_num_timesteps", None) or 0
+        return StepContext(progress.step_index, count, value, progress.branch, progress.evaluation, progress.run)
+
+    def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if current_step() is not None:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        context = self._context(args, kwargs)
+        if context is None:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        with publish_step(context):
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+
+class RootHookHandle:
+    """Keeps the hook on `module` until every handle is removed; the last one leaves no trace."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module: torch.nn.Module | None = module
+
+    def remove(self) -> None:
+        """Gives this handle back; calling it again does nothing."""
+        module, self._module = self._module, None
+        if module is None:
+            return
+        registry = HookRegistry.check_if_exists_or_initialize(module)
+        hook = registry.get_hook(HOOK_NAME)
+        hook.users -= 1
+        if hook.users == 0:
+            registry.remove_hook(HOOK_NAME, recurse=False)
+            if not registry.hooks:
+                del module._diffusers_hook
+            instance_forward = module.__dict__.get("forward")
+            if getattr(instance_forward, "__func__", None) is type(module).forward:
+                del module.forward
+
+
+def attach_root_hook(module: torch.nn.Module, pipeline: Any = None) -> RootHookHandle:
+    """Publishes a `StepContext` around every forward of `module` that runs outside our own pipelines.
+
+    Args:
+        module: a diffusers model whose forward takes `timestep`.
+        pipeline: the pipeline that owns it, if known; tells the number of steps.
+
+    Raises:
+        ValueError: the model's forward has no `timestep` argument.
+    """
+    registry = HookRegistry.check_if_exists_or_initialize(module)
+    hook = registry.get_hook(HOOK_NAME)
+    if hook is None:
+        parameters = tuple(inspect.signature(module.forward).parameters)
+        if "timestep" not in parameters:
+            raise ValueError(f"{type(module).__name__}.forward takes no timestep, so its sampling steps can't be told")
+        hook = _StepHook(parameters, pipeline)
+        registry.register_hook(hook, HOOK_NAME)
+    hook.users += 1
+    if pipeline is not None:
+        hook.pipeline = pipeline
+    return RootHookHandle(module)
