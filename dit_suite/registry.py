@@ -84,6 +84,15 @@ TECHNIQUES: tuple[Technique, ...] = (
         accelerations=("bac",),
         aliases=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
     ),
+    Technique(
+        name="dit",
+        title="DiT (class to image)",
+        task="class-to-image",
+        model="dit_suite.models.dit:DiTModel",
+        pipeline="dit_suite.pipelines.pipeline_class_to_image:ClassToImagePipeline",
+        options="dit_suite.call_options:ClassToImageOptions",
+        aliases=("DiTPipeline",),
+    ),
 )
 
 ACCELERATIONS: tuple[Acceleration, ...] = ()

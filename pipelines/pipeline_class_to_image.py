@@ -1,0 +1,366 @@
+"""Class to image with any network of the DiT interface: `DiTModel`, Switch-DiT, and diffusers' own DiT class."""
+
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+
+from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
+from dit_suite.schedulers.generators import randn_per_sample
+from dit_suite.schedulers.guidance import guide
+from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def read_labels(path: str | Path) -> dict[str, str]:
+    """Class names from a JSON object `{"0": "tench, Tinca tinca", ...}`; several names of a class share a comma list.
+
+    Raises:
+        ValueError: the file is not such an object.
+    """
+    try:
+        table = json.loads(Path(path).read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(table, dict) or not all(k.isdecimal() and isinstance(v, str) for k, v in table.items()):
+        raise ValueError(f"{path} must hold an object from class ids to names")
+    return table
+
+
+class ClassToImagePipeline(DiffusionPipeline):
+    """Generates pictures of classes, in pixel space (no `vae`) or in the latent space of any diffusers VAE.
+
+    Args:
+        transformer: a network with the DiT interface: `forward(hidden_states (B, C, H, W), timestep (B,),
+            class_labels (B,))` returning C channels, or 2C with a learned variance in the second half.
+        scheduler: one of FlowMatchEuler, FlowMatchHeun, DDIM, DDPM, DPMSolverMultistep, UniPC. The learned variance is
+            used by DDPM with `variance_type="learned_range"` and ignored by the others.
+        vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC; None for pixel space.
+        id2label: class id to name, or to a comma list of names.
+        prediction_type: what the network predicts: "epsilon", "v_prediction" or "flow_prediction"; None takes what the
+            scheduler integrates.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents", "class_labels"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: Any,
+        vae: Any = None,
+        id2label: dict[str, str] | None = None,
+        prediction_type: str | None = None,
+    ) -> None:
+        super().__init__()
+        if prediction_type is None:
+            flow = type(scheduler).__name__.startswith("FlowMatch")
+            prediction_type = "flow_prediction" if flow else scheduler.config.get("prediction_type", "epsilon")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        names = None if id2label is None else {str(key): value for key, value in id2label.items()}
+        self.register_to_config(id2label=names, prediction_type=prediction_type)
+        self.vae_scale_factor = 1 if vae is None else _spatial_factor(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the null class not counted."""
+        config = self.transformer.config
+        return config.get("num_classes") or config.get("num_embeds_ada_norm")
+
+    @property
+    def null_class(self) -> int | None:
+        """Label that means "no class" for guidance; None where the network was trained without label dropout."""
+        return self.num_classes if self.transformer.config.get("class_dropout_prob", 0.1) > 0 else None
+
+    @property
+    def labels(self) -> dict[str, tuple[int, ...]]:
+        """Class ids by name (lower case). A few ImageNet names belong to two classes."""
+        found: dict[str, tuple[int, ...]] = {}
+        for key, names in (self.config.id2label or {}).items():
+            for name in names.split(","):
+                name = name.strip().lower()
+                found[name] = (*found.get(name, ()), int(key))
+        return found
+
+    def get_label_ids(self, labels: int | str | list[int | str]) -> list[int]:
+        """Class ids of names or ids.
+
+        Raises:
+            ValueError: a name is unknown or belongs to several classes, or an id is out of range.
+        """
+        given = labels if isinstance(labels, (list, tuple)) else [labels]
+        if not given:
+            raise ValueError("class_labels must name at least one class")
+        return [self._label_id(label) for label in given]
+
+    def _label_id(self, label: int | str) -> int:
+        names = self.labels
+        if isinstance(label, str) and label.strip().lower() in names:
+            ids = names[label.strip().lower()]
+            if len(ids) > 1:
+                raise ValueError(f"{label!r} is the name of the classes {', '.join(map(str, ids))}: give the id")
+            return ids[0]
+        if isinstance(label, str) and not label.strip().isdecimal():
+            close = difflib.get_close_matches(label.strip().lower(), names, n=3)
+            hint = f"; close names: {', '.join(close)}" if close else "" if names else "; this model has no names"
+            raise ValueError(f"there is no class {label!r}{hint}")
+        if isinstance(label, bool) or not isinstance(label, (int, str)):
+            raise ValueError(f"class_labels must be ids or names, got {label!r}")
+        value = int(label)
+        highest = self.num_classes if self.null_class is not None else self.num_classes - 1
+        if not 0 <= value <= highest:
+            raise ValueError(f"class_labels must lie between 0 and {self.num_classes - 1}, got {value}")
+        return value
+
+    def check_inputs(
+        self,
+        count: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        guidance_channels: int | None,
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_tensor_inputs: list[str],
+    ) -> None:
+        """Raises `ValueError` with one sentence for anything the call can't use."""
+        config = self.transformer.config
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        if guidance_scale > 1 and self.null_class is None:
+            raise ValueError("this network has no null class, so it can't be guided: set guidance_scale to 1")
+        if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
+            raise ValueError(f"guidance_channels must be between 1 and {config.in_channels}, got {guidance_channels}")
+        multiple = self.vae_scale_factor * config.patch_size
+        for name, value in (("height", height), ("width", width)):
+            if value < multiple or value % multiple:
+                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
+        if height != width and isinstance(self.transformer, DiTTransformer2DModel):
+            raise ValueError(f"diffusers' DiT class makes square pictures only, got {height}x{width}")
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators were given for {count} pictures")
+        shape = self._latent_shape(count, height, width)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        if self.vae is None and config.in_channels not in (1, 3) and output_type != "latent":
+            raise ValueError(
+                f"this network makes latents of {config.in_channels} channels and the pipeline has no vae: "
+                "add one, or ask for output_type='latent'"
+            )
+        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
+        check_scheduler(self.scheduler, self.config.prediction_type)
+        if self._wants_variance() and self._output_channels() != 2 * config.in_channels:
+            raise ValueError("the scheduler expects a learned variance, which this network does not predict")
+
+    def _wants_variance(self) -> bool:
+        return self.scheduler.config.get("variance_type") in ("learned", "learned_range")
+
+    def _output_channels(self) -> int:
+        channels = getattr(self.transformer, "out_channels", None)
+        return channels or self.transformer.config.in_channels
+
+    def _latent_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
+        factor = self.vae_scale_factor
+        return (count, self.transformer.config.in_channels, height // factor, width // factor)
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Initial noise `shape` in float32, scaled for the scheduler; a list draws row i from generator i."""
+        if latents is None:
+            if isinstance(generator, list):
+                latents = randn_per_sample(shape[1:], generator, device)
+            else:
+                source = generator.device if generator is not None else device
+                latents = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
+        latents = latents.to(device=device, dtype=torch.float32)
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def predict(
+        self,
+        plan: StepPlan,
+        step: PlannedStep,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        guidance_channels: int | None = None,
+    ) -> torch.Tensor:
+        """The guided output of one step in float32, `(B, C, H, W)`, or `(B, 2C, H, W)` for a scheduler that uses the
+        learned variance (guidance leaves that half alone). Every evaluation runs under its own `StepContext`."""
+        branches = step.branches if self.do_classifier_free_guidance else ("none",)
+        null = torch.full_like(class_labels, self.null_class if self.null_class is not None else 0)
+        labels = {
+            "none": class_labels,
+            "cond": class_labels,
+            "uncond": null,
+            "batched": torch.cat([null, class_labels]),
+        }
+        outputs = {}
+        for branch in branches:
+            repeats = len(labels[branch]) // len(latents)
+            model_input = torch.cat([latents] * repeats)
+            if hasattr(self.scheduler, "scale_model_input"):
+                model_input = self.scheduler.scale_model_input(model_input, timestep)
+            with publish_step(plan.context(step, branch)):
+                outputs[branch] = self.transformer(
+                    model_input.to(self.transformer.dtype),
+                    timestep=timestep.expand(len(model_input)),
+                    class_labels=labels[branch],
+                    return_dict=False,
+                )[0].float()
+        channels = latents.shape[1]
+        if "none" in outputs:
+            output = outputs["none"]
+        else:
+            halves = outputs["batched"].chunk(2) if "batched" in outputs else (outputs["uncond"], outputs["cond"])
+            output = guide(halves[0], halves[1], self.guidance_scale, guidance_channels or channels)
+        return output if self._wants_variance() else output[:, :channels]
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1.0 and self.null_class is not None
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list[int | str],
+        num_inference_steps: int = 50,
+        guidance_scale: float = 4.0,
+        guidance_channels: int | None = None,
+        eta: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        batched_guidance: bool = True,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generates one picture per label.
+
+        Args:
+            class_labels: class ids or names (see `labels`); the null class samples without a class.
+            num_inference_steps: denoising steps.
+            guidance_scale: classifier-free guidance; 1 or less turns it off, which halves the network's work.
+            guidance_channels: guides only the first N latent channels; 3 is what the published DiT numbers used.
+            eta: noise of DDIM, 0 (deterministic) to 1; other schedulers take 0 only.
+            height, width: pixels; default: the network's training size.
+            generator: one generator for the whole batch, or one per picture (row i then depends on generator i alone).
+            latents: initial noise `(B, C, h, w)` with unit variance, instead of drawing it.
+            batched_guidance: both guidance halves in one batch (faster), or one after the other (less memory).
+            output_type: "pil", "np" `(B, H, W, 3)` in [0, 1], "pt" `(B, 3, H, W)` in [0, 1], or "latent".
+            return_dict: an `ImagePipelineOutput`, or a plain tuple.
+            callback_on_step_end: `callback(pipe, step_index, timestep, tensors) -> dict of replaced tensors`; it may
+                set `pipe._interrupt = True` to stop before the next step.
+            callback_on_step_end_tensor_inputs: which tensors the callback gets.
+
+        Returns:
+            `ImagePipelineOutput` with `images`.
+
+        Raises:
+            ValueError: one sentence about the first input that can't be used.
+
+        Examples:
+            >>> import dit_suite
+            >>> pipe = dit_suite.load_pipeline("my-dit")
+            >>> pipe(["golden retriever", 207], num_inference_steps=50).images[0].save("dog.png")
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        ids = self.get_label_ids(class_labels)
+        height = height or self._default_size()
+        width = width or self._default_size()
+        self.check_inputs(
+            len(ids), num_inference_steps, guidance_scale, guidance_channels, height, width, generator, latents,
+            output_type, callback_inputs,
+        )  # fmt: skip
+        step_kwargs = step_arguments(self.scheduler, generator)
+        if type(self.scheduler).__name__ == "DDIMScheduler":
+            step_kwargs["eta"] = eta
+        elif eta:
+            raise ValueError(f"eta belongs to DDIM; {type(self.scheduler).__name__} takes 0 only")
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        device = self._execution_device
+
+        class_labels = torch.tensor(ids, device=device)
+        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device)
+        guidance = self.do_classifier_free_guidance
+        plan = plan_steps(timesteps, order=self.scheduler.order, guidance=guidance, batched=batched_guidance)
+        self._num_timesteps = len(timesteps)
+        latents = self.prepare_latents(self._latent_shape(len(ids), height, width), device, generator, latents)
+
+        with self.progress_bar(total=plan.num_steps) as progress_bar:
+            for index, (timestep, step) in enumerate(zip(timesteps, plan.steps, strict=True)):
+                if self.interrupt:
+                    continue
+                prediction = self.predict(plan, step, latents, timestep, class_labels, guidance_channels)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = {}
+                    for name in callback_inputs:
+                        tensors[name] = locals()[name]
+                    replaced = callback_on_step_end(self, index, timestep, tensors) or {}
+                    latents = replaced.pop("latents", latents)
+                    class_labels = replaced.pop("class_labels", class_labels)
+                if index + 1 == len(plan.steps) or plan.steps[index + 1].step_index > step.step_index:
+                    progress_bar.update()
+
+        images = latents if output_type == "latent" else self.decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Pictures from latents `(B, C, h, w)`: through the VAE if there is one, else the latents are the pixels."""
+        if self.vae is not None:
+            config = self.vae.config
+            latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            latents = self.vae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(latents, output_type=output_type)
+
+    def _default_size(self) -> int:
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+
+def _spatial_factor(vae: Any) -> int:
+    """Pixels per latent along one side."""
+    channels = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
+    return vae.config.get("spatial_compression_ratio") or 2 ** (len(channels) - 1)
