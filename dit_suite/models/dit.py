@@ -53,26 +53,21 @@ def dit_config(name: str, sample_size: int = 32, **overrides: Any) -> dict[str, 
 
 
 class LabelEmbedder(nn.Module):
-    """Class labels `(batch,)` to `(batch, dim)`. With dropout, a last row holds the null class."""
+    """Class labels `(batch,)` to `(batch, dim)`. With `has_null_class`, a last row holds the null class.
 
-    def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float):
+    Labels are dropped by whoever trains, by passing the null class or `force_drop_ids`: the network draws no random
+    numbers, so that a training step is a function of its inputs.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int, has_null_class: bool):
         super().__init__()
-        self.null_class = num_classes if dropout_prob > 0 else None
-        self.dropout_prob = dropout_prob
-        self.embedding_table = nn.Embedding(num_classes + int(dropout_prob > 0), hidden_size)
+        self.null_class = num_classes if has_null_class else None
+        self.embedding_table = nn.Embedding(num_classes + int(has_null_class), hidden_size)
 
     def forward(self, labels: torch.Tensor, force_drop_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Embeds labels; drops some to the null class.
-
-        `force_drop_ids (batch,)` says which (1 = drop), in either mode. Without it each label is dropped with
-        `dropout_prob` in training mode and none is in eval mode.
-        """
-        if self.null_class is not None:
-            if force_drop_ids is not None:
-                labels = torch.where(force_drop_ids == 1, self.null_class, labels)
-            elif self.training:
-                coin = torch.rand(labels.shape, device=labels.device)
-                labels = torch.where(coin < self.dropout_prob, self.null_class, labels)
+        """Embeds labels; those with `force_drop_ids (batch,)` equal to 1 become the null class first."""
+        if force_drop_ids is not None and self.null_class is not None:
+            labels = torch.where(force_drop_ids == 1, self.null_class, labels)
         return self.embedding_table(labels)
 
 
@@ -86,7 +81,7 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         num_layers, num_attention_heads, attention_head_dim: depth, heads and width per head.
         mlp_ratio: inner width of the feed-forward over the width.
         num_classes: number of classes K. The null class has index K and exists when `class_dropout_prob` > 0.
-        class_dropout_prob: label dropout in training mode.
+        class_dropout_prob: share of labels that training drops (the trainer does it); 0 means no null class.
         learn_sigma: the output has 2C channels, prediction then variance.
     """
 
@@ -116,7 +111,7 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.patch_embed = PatchEmbed(in_channels, width, patch_size)
         self.time_embed = TimestepEmbedder(width)
-        self.label_embed = LabelEmbedder(num_classes, width, class_dropout_prob)
+        self.label_embed = LabelEmbedder(num_classes, width, class_dropout_prob > 0)
         self.transformer_blocks = nn.ModuleList(
             [AdaLNZeroBlock(width, num_attention_heads, mlp_ratio) for _ in range(num_layers)]
         )
