@@ -1,4 +1,4 @@
-"""Options are written once: a frozen dataclass that checks itself, from which flags, UI controls and metadata derive."""
+"""Options are written once: a frozen dataclass that checks itself, and gives flags, UI controls and metadata."""
 
 import argparse
 import dataclasses

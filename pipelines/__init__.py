@@ -1,7 +1,7 @@
 """One pipeline per task, importable as `dit_suite.pipelines`.
 
-In a checkout this folder can also be imported by its short name. It then stands for `dit_suite.pipelines`, so that every
-class exists once.
+In a checkout this folder can also be imported by its short name. It then stands for `dit_suite.pipelines`, so that
+every class exists once.
 """
 
 import importlib

@@ -45,7 +45,7 @@ class StepContext:
     branch: str = "none"
     evaluation: int = 0
     run: Run = field(default_factory=Run)
-    extras: Mapping[str, Any] = _NOTHING
+    extras: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
 
     def __post_init__(self) -> None:
         if self.branch not in BRANCHES:
@@ -75,7 +75,7 @@ class PlannedStep:
     timestep: float
     evaluation: int
     branches: tuple[str, ...]
-    extras: Mapping[str, Any] = _NOTHING
+    extras: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,218 @@
+"""Finding, checking and opening checkpoints.
+
+A checkpoint is a folder in diffusers layout (`model_index.json` and one folder per component). `load_pipeline` opens it
+with the explicit class from the registry: `DiffusionPipeline.from_pretrained` looks for classes inside diffusers only
+and can't find ours. Weights are safetensors, every key must match, and no code from a checkpoint is ever run.
+"""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dit_suite.registry import Technique, resolve, technique_of_class
+
+SHARD_SIZE = "9MB"
+_PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on the disk: what it is called, where it lies, what opens it, and the hash of its weights."""
+
+    name: str
+    folder: Path
+    technique: Technique
+    weights_sha256: str
+
+
+def bundled_root() -> Path:
+    """The folder of the bundled checkpoints: inside an installed package, or `checkpoints/` of a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "bundled"
+    return inside if (inside / "index.json").is_file() else package.parent / "checkpoints"
+
+
+def bundled_index() -> dict[str, dict[str, Any]]:
+    """Rows of `checkpoints/index.json` by name."""
+    path = bundled_root() / "index.json"
+    return json.loads(path.read_text("utf-8"))["checkpoints"] if path.is_file() else {}
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over all safetensors of a checkpoint, in the order of their relative paths."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors"), key=lambda p: p.relative_to(folder).as_posix()):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _bundled_folder(name: str, row: dict[str, Any]) -> Path:
+    places = [bundled_root() / name]
+    if os.environ.get("DIT_SUITE_CHECKPOINTS"):
+        places.append(Path(os.environ["DIT_SUITE_CHECKPOINTS"]) / name)
+    for place in places:
+        if (place / "model_index.json").is_file():
+            return place
+    if row.get("hub_id"):
+        return _download(row["hub_id"], row["hub_revision"])
+    looked = " or ".join(str(place) for place in places)
+    raise FileNotFoundError(
+        f"checkpoint {name!r} is not in {looked}; it comes with the repository (checkpoints/{name}), "
+        "or set DIT_SUITE_CHECKPOINTS to a folder that holds it"
+    )
+
+
+def _download(hub_id: str, revision: str) -> Path:
+    """Copies one revision of a hub repository to the local cache and says its licence and size."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+    licence = (info.card_data or {}).get("license", "not stated")
+    wanted = [f for f in info.siblings or [] if f.rfilename.endswith((".json", ".safetensors", ".txt", ".model"))]
+    size = sum(f.size or 0 for f in wanted) / 1e6
+    print(f"{hub_id}@{revision}: licence {licence}, {size:.0f} MB", file=sys.stderr)
+    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=[f.rfilename for f in wanted]))
+
+
+def find_folder(path_or_name: str | os.PathLike) -> tuple[str, Path]:
+    """Resolves a folder, a bundled name or `owner/name@revision` to (name, local folder).
+
+    Raises:
+        ValueError: the name is none of these, or a hub id comes without a revision.
+        FileNotFoundError: a known checkpoint is not on this machine.
+    """
+    text = os.fspath(path_or_name)
+    if Path(text).is_dir():
+        folder = Path(text).resolve()
+        return folder.name, folder
+    index = bundled_index()
+    if text in index:
+        return text, _bundled_folder(text, index[text])
+    hub_id, _, revision = text.partition("@")
+    if _HUB_ID.match(hub_id):
+        if not revision:
+            raise ValueError(
+                f"{text!r} is no folder here; for a hub repository pin a revision, as in {hub_id}@<commit>"
+            )
+        return text, _download(hub_id, revision)
+    raise ValueError(
+        f"there is no checkpoint {text!r}: give a folder, owner/name@revision, or one of {', '.join(sorted(index))}"
+    )
+
+
+def _read_model_index(folder: Path) -> dict[str, Any]:
+    path = folder / "model_index.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no model_index.json, so it is not a pipeline folder")
+    try:
+        model_index = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(model_index, dict) or not isinstance(model_index.get("_class_name"), str):
+        raise ValueError(f"{path} names no pipeline class")
+    return model_index
+
+
+def _component_class(model_index: dict[str, Any], component: str) -> str | None:
+    entry = model_index.get(component)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for component in sorted(p for p in folder.iterdir() if p.is_dir()):
+        files = [p for p in component.iterdir() if p.is_file()]
+        pickles = [p for p in files if p.suffix in _PICKLES]
+        if pickles and not any(p.suffix == ".safetensors" for p in files):
+            raise ValueError(f"{pickles[0]} is a pickle, which may run code; only safetensors weights are opened")
+
+
+def find_checkpoint(path_or_name: str | os.PathLike) -> Checkpoint:
+    """Finds a checkpoint and checks what can be checked without building the network.
+
+    Raises:
+        ValueError: unknown name, no pipeline folder, unknown pipeline or network class, pickled weights, or a bundled
+            checkpoint whose weights differ from the index.
+        FileNotFoundError: the checkpoint is not on this machine.
+    """
+    name, folder = find_folder(path_or_name)
+    model_index = _read_model_index(folder)
+    technique = technique_of_class(model_index["_class_name"], _component_class(model_index, "transformer"))
+    _refuse_pickles(folder)
+    digest = weights_sha256(folder)
+    expected = bundled_index().get(name, {}).get("sha256") if os.fspath(path_or_name) == name else None
+    if expected and digest != expected:
+        raise ValueError(f"the weights in {folder} have sha256 {digest}, checkpoints/index.json says {expected}")
+    return Checkpoint(name, folder, technique, digest)
+
+
+def check_weights(module: Any, folder: Path) -> None:
+    """Every tensor in `folder` must be a parameter or buffer of `module`, and every parameter must be in a file.
+
+    Raises:
+        ValueError: names the first missing and unexpected keys.
+    """
+    from safetensors import safe_open
+
+    stored: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            stored |= set(file.keys())
+    expected = set(module.state_dict())
+    missing, unexpected = sorted(expected - stored), sorted(stored - expected)
+    if missing or unexpected:
+        detail = [f"{len(missing)} missing ({missing[0]}, ...)"] if missing else []
+        detail += [f"{len(unexpected)} unexpected ({unexpected[0]}, ...)"] if unexpected else []
+        raise ValueError(f"the weights in {folder} do not fit {type(module).__name__}: keys {' and '.join(detail)}")
+
+
+def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None) -> Any:
+    """Builds the pipeline of a checkpoint that `find_checkpoint` returned. See `load_pipeline`."""
+    import torch
+    from diffusers import ModelMixin
+
+    model_index = _read_model_index(checkpoint.folder)
+    resolve(checkpoint.technique.model)
+    given: dict[str, Any] = {}
+    source = model_index.get("text_encoder_source")
+    if source and _component_class(model_index, "text_encoder") is None:
+        from dit_suite.text_encoders import TextEncoderSource, load_text_encoder
+
+        given = load_text_encoder(TextEncoderSource.from_dict(source))
+        given["text_encoder"].to(dtype or torch.float32)
+    pipeline_class = checkpoint.technique.pipeline_class()
+    try:
+        pipe = pipeline_class.from_pretrained(
+            checkpoint.folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True, **given
+        )
+    except (OSError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{checkpoint.folder} can't be opened as {pipeline_class.__name__}: {error}") from error
+    for name, module in pipe.components.items():
+        if isinstance(module, ModelMixin) and (checkpoint.folder / name).is_dir():
+            check_weights(module, checkpoint.folder / name)
+    pipe.set_progress_bar_config(disable=None)
+    return pipe.to(device) if device is not None else pipe
+
+
+def load_pipeline(path_or_name: str | os.PathLike, dtype: Any = None, device: Any = None) -> Any:
+    """Opens a checkpoint as a ready pipeline.
+
+    Args:
+        path_or_name: a bundled name ("emoji-pixart-64"), a folder written by `save_pretrained`, or a hub repository at
+            a pinned revision ("owner/name@commit"), which is downloaded first, its licence and size said.
+        dtype: torch dtype of the networks (default float32).
+        device: where to put the pipeline (default: left on the CPU).
+
+    Raises:
+        ValueError: the name is unknown, the folder is not a pipeline of this suite, its keys do not match exactly, or
+            its weights are pickles.
+        FileNotFoundError: a known checkpoint, or the text encoder it names, is not on this machine.
+    """
+    return open_pipeline(find_checkpoint(path_or_name), dtype=dtype, device=device)

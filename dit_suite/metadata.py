@@ -1,0 +1,100 @@
+"""What goes into every picture file: enough to make the same sample again.
+
+A PNG carries two text chunks: `dit_suite`, a JSON object (see `dit_suite.sampling.sample_record`), and `parameters`,
+the text that common viewers of generated pictures understand.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+CHUNK = "dit_suite"
+VERSION = 1
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the pixels."""
+    from importlib.metadata import version
+
+    import dit_suite
+
+    names = ("torch", "diffusers", "transformers")
+    return {"dit_suite": dit_suite.__version__} | {name: version(name) for name in names}
+
+
+def parameters_line(record: dict[str, Any]) -> str:
+    """The `parameters` text: condition, negative prompt, then comma-separated settings."""
+    options = record["options"]
+    lines = [str(record["condition"])]
+    if options.get("negative_prompt"):
+        lines.append(f"Negative prompt: {options['negative_prompt']}")
+    settings = {
+        "Steps": options.get("num_inference_steps"),
+        "Sampler": record.get("scheduler"),
+        "CFG scale": options.get("guidance_scale"),
+        "Seed": record["seed"] + record["index"],
+        "Model hash": record["weights_sha256"][:10],
+        "Model": record["model"],
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+    return "\n".join(lines)
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Calls `write(temporary path)` beside `path`, then renames: the file is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_png(image: Image.Image, path: Path, record: dict[str, Any] | None) -> None:
+    """Writes a PNG whole or not at all, with `record` inside (None writes no metadata)."""
+    info = PngImagePlugin.PngInfo()
+    if record is not None:
+        info.add_itxt(CHUNK, json.dumps(record, sort_keys=True, ensure_ascii=False))
+        info.add_itxt("parameters", parameters_line(record))
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes JSON whole or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def parse_record(text: str, origin: str) -> dict[str, Any]:
+    """The record in a text chunk or sidecar; `ValueError` says what is wrong with it."""
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError:
+        raise ValueError(f"the metadata of {origin} is not valid JSON") from None
+    needed = ("technique", "model", "weights_sha256", "seed", "index", "condition", "options")
+    missing = [key for key in needed if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise ValueError(f"the metadata of {origin} has no {missing[0]!r}")
+    if record.get("version") != VERSION:
+        raise ValueError(f"the metadata of {origin} has version {record.get('version')}, this release reads {VERSION}")
+    return record
+
+
+def read_record(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object inside a picture that this suite wrote.
+
+    Raises:
+        ValueError: the file is no picture, or carries no metadata of this suite.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = image.info.get(CHUNK)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{os.fspath(path)} can't be read as a picture: {error}") from None
+    if text is None:
+        raise ValueError(f"{os.fspath(path)} carries no {CHUNK} metadata (was it saved without, or re-encoded?)")
+    return parse_record(text, os.fspath(path))

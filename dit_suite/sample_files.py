@@ -1,0 +1,170 @@
+"""The folder of a sampling run: numbered files, what they were made with, resuming, and the npz of the whole.
+
+Layout: `run.json` (the job), `000000.png` or `000000.mp4` (thousands in sub-folders above 1,000 samples), and
+`samples_NxHxWx3.npz`. Every file is written whole or not at all, so a run that was killed leaves nothing half done.
+"""
+
+import json
+import zipfile
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dit_suite.metadata import write_atomically, write_json, write_png
+from dit_suite.sampling import SamplingJob, batches, open_job, sample_batch, sample_record
+
+FOLDER_SIZE = 1000
+_SUFFIXES = {"text-to-image": ".png", "class-to-image": ".png", "text-to-video": ".mp4", "action-to-video": ".mp4"}
+
+
+def distributed_state() -> Any:
+    """accelerate's view of the processes: rank, count, device. One process when nothing was launched."""
+    from accelerate import PartialState
+
+    return PartialState(timeout=timedelta(days=7))
+
+
+class SampleFolder:
+    """Where one job's samples go."""
+
+    def __init__(self, folder: Path, job: SamplingJob, *, with_metadata: bool = True) -> None:
+        """Takes the folder for this job; nothing is written yet.
+
+        Raises:
+            ValueError: the folder holds samples that another job made.
+        """
+        self.folder = folder
+        self.job = job
+        self.with_metadata = with_metadata
+        self.suffix = _SUFFIXES[job.row.task]
+        self._refuse_other_job()
+
+    def _refuse_other_job(self) -> None:
+        path = self.folder / "run.json"
+        if not path.is_file():
+            return
+        try:
+            there = json.loads(path.read_text("utf-8"))
+        except json.JSONDecodeError:
+            raise ValueError(f"{path} is not readable; remove the folder or choose another one") from None
+        here = json.loads(json.dumps(self.job.to_dict()))
+        different = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"{self.folder} holds samples made with another {key} ({there.get(key)!r}, now {here.get(key)!r}); "
+                "choose another folder or give the same options"
+            )
+
+    def path(self, index: int) -> Path:
+        """The file of sample `index`."""
+        place = self.folder if index < FOLDER_SIZE else self.folder / f"{index // FOLDER_SIZE * FOLDER_SIZE:06d}"
+        return place / f"{index:06d}{self.suffix}"
+
+    def _write(self, index: int, indices: list[int], sample: np.ndarray) -> None:
+        path = self.path(index)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = sample_record(self.job, index, indices) if self.with_metadata else None
+        if self.suffix == ".png":
+            write_png(Image.fromarray(sample), path, record)
+            return
+        from dit_suite.video import write_video
+
+        write_video(sample, path, fps=getattr(self.job.options, "fps", 8), record=record)
+
+    def run(self, num_samples: int, *, npz: bool = False, sheet: bool = False, device: Any = None) -> None:
+        """Makes what is missing of the samples 0 .. num_samples - 1, sharing the batches between the processes.
+
+        Raises:
+            ValueError: `num_samples` is not positive.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        state = distributed_state()
+        mine = batches(num_samples, self.job.batch_size)[state.process_index :: state.num_processes]
+        missing = [batch for batch in mine if not all(self.path(i).is_file() for i in batch)]
+        if state.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.job.to_dict(), self.folder / "run.json")
+        if missing:
+            self._make(missing, device or state.device, show_progress=state.is_main_process)
+        state.wait_for_everyone()
+        if npz and state.is_main_process:
+            self.write_npz(num_samples)
+        if sheet and state.is_main_process:
+            self.write_sheet(num_samples)
+
+    def _make(self, todo: list[range], device: Any, *, show_progress: bool) -> None:
+        from tqdm import tqdm
+
+        pipe = open_job(self.job, device=device)
+        pipe.set_progress_bar_config(disable=True)
+        with tqdm(total=sum(map(len, todo)), unit="sample", disable=not show_progress) as bar:
+            for batch in todo:
+                indices = list(batch)
+                for index, sample in zip(indices, sample_batch(pipe, self.job, indices), strict=True):
+                    if not self.path(index).is_file():
+                        self._write(index, indices, sample)
+                bar.update(len(indices))
+
+    def make_again(self, index: int, indices: list[int], device: Any = None) -> Path:
+        """Makes sample `index` once more, in the batch of `indices` that it was made in first."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pipe = open_job(self.job, device=device or distributed_state().device)
+        samples = sample_batch(pipe, self.job, indices)
+        self._write(index, indices, samples[indices.index(index)])
+        return self.path(index)
+
+    def _pixels(self, num_samples: int) -> Iterator[np.ndarray]:
+        for index in range(num_samples):
+            path = self.path(index)
+            if not path.is_file():
+                raise ValueError(f"sample {index} is missing ({path}); run the same command again to make it")
+            with Image.open(path) as image:
+                yield np.asarray(image.convert("RGB"))
+
+    def write_npz(self, num_samples: int) -> Path:
+        """Writes `samples_NxHxWx3.npz` (key `arr_0`, uint8, NHWC, index order) without holding it in memory.
+
+        Raises:
+            ValueError: a sample is missing, or the samples are clips.
+        """
+        if self.suffix != ".png":
+            raise ValueError("an npz of samples is written for pictures, not for clips")
+        pixels = self._pixels(num_samples)
+        first = next(pixels)
+        shape = (num_samples, *first.shape)
+        target = self.folder / f"samples_{'x'.join(map(str, shape))}.npz"
+
+        def write(temporary: Path) -> None:
+            with zipfile.ZipFile(temporary, "w") as archive:
+                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    member.write(first.tobytes())
+                    for image in pixels:
+                        if image.shape != first.shape:
+                            raise ValueError(f"the samples have different sizes, {first.shape} and {image.shape}")
+                        member.write(image.tobytes())
+
+        write_atomically(target, write)
+        return target
+
+    def write_sheet(self, num_samples: int, *, columns: int = 4, scale: int = 3) -> Path:
+        """Writes `sheet.png`: the first samples (64 at most) side by side, enlarged without smoothing."""
+        import torch
+        from torchvision.utils import make_grid
+
+        if self.suffix != ".png":
+            raise ValueError("a sheet is written for pictures, not for clips")
+        pictures = [pixels for pixels, _ in zip(self._pixels(num_samples), range(64), strict=False)]
+        tensor = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        grid = make_grid(tensor, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()
+        image = Image.fromarray(grid)
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+        write_png(image, self.folder / "sheet.png", None)
+        return self.folder / "sheet.png"

@@ -1,0 +1,365 @@
+"""Text to image with PixArt-class transformers (PixArt-alpha/Sigma of diffusers, PT-DiT of this suite)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
+
+from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
+from dit_suite.schedulers.generators import randn_per_sample
+from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class TextToImagePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+    """Generates pictures from text, in pixel space (no `vae`) or in the latent space of any diffusers VAE.
+
+    Args:
+        transformer: a network with PixArt's interface: `forward(hidden_states (B, C, H, W), encoder_hidden_states
+            (B, L, D), timestep (B,), encoder_attention_mask (B, L))`.
+        scheduler: one of FlowMatchEuler, FlowMatchHeun, DDIM, DDPM, DPMSolverMultistep, UniPC.
+        text_encoder, tokenizer: any transformers encoder whose first output is `(B, L, D)`; optional when callers pass
+            `prompt_embeds`.
+        vae: AutoencoderKL, AutoencoderTiny or AutoencoderDC; None for pixel space.
+        prediction_type: what the network predicts: "epsilon", "v_prediction" or "flow_prediction" (eps - x0).
+        max_sequence_length: tokens per prompt; shorter prompts are padded to it, longer ones are cut.
+        text_encoder_source: where `load_pipeline` finds a text encoder that the folder does not carry.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer", "vae"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+
+    def __init__(
+        self,
+        transformer: ModelMixin,
+        scheduler: Any,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        vae: Any = None,
+        prediction_type: str = "epsilon",
+        max_sequence_length: int = 300,
+        text_encoder_source: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer, vae=vae
+        )
+        self.register_to_config(
+            prediction_type=prediction_type,
+            max_sequence_length=max_sequence_length,
+            text_encoder_source=text_encoder_source,
+        )
+        self.vae_scale_factor = 1 if vae is None else _spatial_factor(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def load_lora_into_transformer(cls, state_dict: dict[str, torch.Tensor], transformer: ModelMixin, **kwargs) -> None:
+        """Injects LoRA weights; a diffusers class without the adapter mixin (PixArt) gets it for this instance."""
+        if not isinstance(transformer, PeftAdapterMixin):
+            base = type(transformer)
+            namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
+            transformer.__class__ = type(base.__name__, (base, PeftAdapterMixin), namespace)
+        super().load_lora_into_transformer(state_dict, transformer, **kwargs)
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        num_images_per_prompt: int,
+        num_inference_steps: int,
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        prompt_attention_mask: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        negative_prompt_attention_mask: torch.Tensor | None,
+        output_type: str,
+        callback_tensor_inputs: list[str],
+    ) -> int:
+        """Raises `ValueError` with one sentence for anything the call can't use; returns the number of pictures."""
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds, and not both")
+        if prompt is not None and not (
+            isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
+        ):
+            raise ValueError(f"prompt must be a string or a non-empty list of strings, got {prompt!r}")
+        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
+            raise ValueError(
+                "this pipeline has no text encoder: open it with dit_suite.load_pipeline, hand text_encoder= and "
+                "tokenizer= to from_pretrained, or pass prompt_embeds"
+            )
+        count = len(prompt_embeds) if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt)
+        if isinstance(negative_prompt, list) and len(negative_prompt) != count:
+            raise ValueError(f"negative_prompt has {len(negative_prompt)} entries for {count} prompts")
+        if prompt_embeds is not None and prompt_attention_mask is None:
+            raise ValueError("prompt_embeds needs its prompt_attention_mask")
+        if negative_prompt_embeds is not None and negative_prompt_attention_mask is None:
+            raise ValueError("negative_prompt_embeds needs its negative_prompt_attention_mask")
+        shapes = [tuple(x.shape) for x in (prompt_embeds, negative_prompt_embeds) if x is not None]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"prompt_embeds {shapes[0]} and negative_prompt_embeds {shapes[1]} must have one shape")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        multiple = self.vae_scale_factor * self.transformer.config.patch_size
+        for name, value in (("height", height), ("width", width)):
+            if value < multiple or value % multiple:
+                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
+        total = count * num_images_per_prompt
+        if isinstance(generator, list) and len(generator) != total:
+            raise ValueError(f"{len(generator)} generators were given for {total} pictures")
+        shape = self._latent_shape(total, height, width)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
+        check_scheduler(self.scheduler, self.config.prediction_type)
+        return total
+
+    def encode_prompt(
+        self, prompt: list[str], device: torch.device, max_sequence_length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token states `(B, L, D)` and their mask `(B, L)` (1 for real tokens), padded to one length."""
+        tokens = self.tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=max_sequence_length or self.config.max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(device)
+        states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return states.to(self.transformer.dtype), tokens.attention_mask
+
+    def _latent_shape(self, total: int, height: int, width: int) -> tuple[int, int, int, int]:
+        factor = self.vae_scale_factor
+        return (total, self.transformer.config.in_channels, height // factor, width // factor)
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Initial noise `shape`, scaled for the scheduler; a list of generators draws row i from generator i."""
+        if latents is None:
+            if isinstance(generator, list):
+                latents = randn_per_sample(shape[1:], generator, device, dtype)
+            else:
+                noise_device = generator.device if generator is not None else device
+                latents = torch.randn(shape, generator=generator, device=noise_device, dtype=torch.float32)
+        latents = latents.to(device=device, dtype=dtype)
+        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _added_conditions(self, batch: int, height: int, width: int, device: torch.device) -> dict[str, Any]:
+        """PixArt-alpha's 1024 px networks are told the size; the others take None."""
+        if not self.transformer.config.get("use_additional_conditions"):
+            return {"resolution": None, "aspect_ratio": None}
+        resolution = torch.tensor([[height, width]], device=device, dtype=self.transformer.dtype)
+        ratio = torch.tensor([[height / width]], device=device, dtype=self.transformer.dtype)
+        return {"resolution": resolution.repeat(batch, 1), "aspect_ratio": ratio.repeat(batch, 1)}
+
+    def predict(
+        self,
+        plan: StepPlan,
+        step: Any,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        guidance_scale: float,
+        added_cond_kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        """The guided network output of one step, `(B, C, H, W)`. Every evaluation runs under its own `StepContext`."""
+        outputs = {}
+        for branch in step.branches:
+            states, mask = conditions[branch]
+            repeats = len(states) // len(latents)
+            model_input = torch.cat([latents] * repeats)
+            with publish_step(plan.context(step, branch)):
+                outputs[branch] = self.transformer(
+                    model_input.to(self.transformer.dtype),
+                    encoder_hidden_states=states,
+                    timestep=timestep.expand(len(model_input)),
+                    added_cond_kwargs={
+                        name: None if value is None else torch.cat([value] * repeats)
+                        for name, value in added_cond_kwargs.items()
+                    },
+                    encoder_attention_mask=mask,
+                    return_dict=False,
+                )[0]
+        if "none" in outputs:
+            prediction = outputs["none"]
+        else:
+            halves = outputs["batched"].chunk(2) if "batched" in outputs else (outputs["uncond"], outputs["cond"])
+            prediction = halves[0] + guidance_scale * (halves[1] - halves[0])
+        # Networks trained with a learned variance put it into a second half of the channels.
+        return prediction[:, : latents.shape[1]]
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 4.0,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        batched_guidance: bool = True,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generates pictures.
+
+        Args:
+            prompt: text, or one text per picture.
+            negative_prompt: text to steer away from; used when guidance is on. Default: the empty text.
+            num_inference_steps: denoising steps.
+            guidance_scale: classifier-free guidance; 1 or less turns it off, which halves the network's work.
+            num_images_per_prompt: pictures per prompt, next to each other in the result.
+            height, width: pixels; default: the network's training size.
+            generator: one generator for the whole batch, or one per picture (row i then depends on generator i alone).
+            latents: initial noise `(B, C, h, w)` with unit variance, instead of drawing it.
+            prompt_embeds, prompt_attention_mask: `(B, L, D)` and `(B, L)` instead of `prompt`; likewise the negatives.
+            batched_guidance: both guidance halves in one batch (faster), or one after the other (less memory).
+            output_type: "pil", "np" `(B, H, W, 3)` in [0, 1], "pt" `(B, 3, H, W)` in [0, 1], or "latent".
+            return_dict: an `ImagePipelineOutput`, or a plain tuple.
+            callback_on_step_end: `callback(pipe, step_index, timestep, tensors) -> dict of replaced tensors`; it may
+                set `pipe._interrupt = True` to stop after the step.
+            callback_on_step_end_tensor_inputs: which of `latents`, `prompt_embeds`, `negative_prompt_embeds` it gets.
+
+        Raises:
+            ValueError: an argument is out of range, shapes disagree, or the scheduler does not fit the network.
+
+        Examples:
+            >>> pipe = dit_suite.load_pipeline("emoji-pixart-64")
+            >>> pipe("red apple, flat style", generator=torch.Generator().manual_seed(0)).images[0].save("apple.png")
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        height = height or self._default_size()
+        width = width or self._default_size()
+        total = self.check_inputs(
+            prompt, negative_prompt, num_images_per_prompt, num_inference_steps, height, width, generator, latents,
+            prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask, output_type,
+            callback_inputs,
+        )  # fmt: skip
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        guidance = self.do_classifier_free_guidance
+        device = self._execution_device
+
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            prompt_embeds, prompt_attention_mask = self.encode_prompt(prompts, device)
+        if guidance and negative_prompt_embeds is None:
+            if self.text_encoder is None:
+                raise ValueError("guidance without a text encoder needs negative_prompt_embeds")
+            count, length = prompt_embeds.shape[:2]
+            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
+            negative_prompt_embeds, negative_prompt_attention_mask = self.encode_prompt(negatives, device, length)
+        prompt_embeds, mask, negative_prompt_embeds, negative_mask = (
+            None if states is None else states.to(device).repeat_interleave(num_images_per_prompt, dim=0)
+            for states in (
+                prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+            )
+        )  # fmt: skip
+
+        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device)
+        plan = plan_steps(timesteps, order=self.scheduler.order, guidance=guidance, batched=batched_guidance)
+        self._num_timesteps = len(timesteps)
+        latents = self.prepare_latents(
+            self._latent_shape(total, height, width), device, prompt_embeds.dtype, generator, latents
+        )
+        added = self._added_conditions(total, height, width, device)
+        step_kwargs = step_arguments(self.scheduler, generator)
+
+        with self.progress_bar(total=plan.num_steps) as progress_bar:
+            for index, (timestep, step) in enumerate(zip(timesteps, plan.steps, strict=True)):
+                if self.interrupt:
+                    continue
+                conditions = {"none": (prompt_embeds, mask), "cond": (prompt_embeds, mask)}
+                if guidance:
+                    conditions["uncond"] = (negative_prompt_embeds, negative_mask)
+                    conditions["batched"] = (
+                        torch.cat([negative_prompt_embeds, prompt_embeds]),
+                        torch.cat([negative_mask, mask]),
+                    )
+                prediction = self.predict(plan, step, latents, timestep, conditions, self._guidance_scale, added)
+                dtype = latents.dtype
+                latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
+                latents = latents.to(dtype)
+                if callback_on_step_end is not None:
+                    tensors = {}
+                    for name in callback_inputs:
+                        tensors[name] = locals()[name]
+                    replaced = callback_on_step_end(self, index, timestep, tensors) or {}
+                    latents = replaced.pop("latents", latents)
+                    prompt_embeds = replaced.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = replaced.pop("negative_prompt_embeds", negative_prompt_embeds)
+                last_of_step = index + 1 == len(plan.steps) or plan.steps[index + 1].step_index > step.step_index
+                if last_of_step:
+                    progress_bar.update()
+
+        images = latents if output_type == "latent" else self.decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Pictures from latents `(B, C, h, w)`: through the VAE if there is one, else the latents are the pixels."""
+        if self.vae is not None:
+            config = self.vae.config
+            latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            latents = self.vae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(latents, output_type=output_type)
+
+    def _default_size(self) -> int:
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+
+def _spatial_factor(vae: Any) -> int:
+    """Pixels per latent along one side."""
+    channels = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
+    return vae.config.get("spatial_compression_ratio") or 2 ** (len(channels) - 1)

@@ -1,0 +1,178 @@
+"""Samples a model into a folder: pictures or clips with metadata and, on request, an ADM-layout npz.
+
+    python scripts/sample.py --pipeline pixart --prompts "red apple, flat style" --num-samples 4 --output outputs/apple
+    accelerate launch --num_processes 2 scripts/sample.py --pipeline pixart --prompts-file prompts.txt ...
+    python scripts/sample.py --from-image outputs/apple/000000.png --output outputs/again
+
+A run that was stopped goes on when the same command is given again. `--pipeline NAME --help` lists the options of NAME.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dit_suite.checkpoints import find_checkpoint
+from dit_suite.metadata import read_record
+from dit_suite.registry import ACCELERATIONS, TECHNIQUES, acceleration, technique
+from dit_suite.sample_files import SampleFolder
+from dit_suite.sampling import SamplingJob, job_of_record
+
+
+def parse_acceleration(text: str) -> tuple[str, Any]:
+    """`NAME` or `NAME:key=value,key=value` as (name, its checked options)."""
+    name, _, settings = text.partition(":")
+    config_class = acceleration(name).config_class()
+    parser = argparse.ArgumentParser(prog=f"--accelerate {name}", add_help=False)
+    config_class.add_arguments(parser)
+    flags = [f"--{key.strip().replace('_', '-')}={value}" for key, _, value in
+             (item.partition("=") for item in settings.split(",") if item)]  # fmt: skip
+    return name, config_class.from_namespace(parser.parse_args(flags))
+
+
+def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
+    """The parser, with the options of `pipeline` if it is known already."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [row.name for row in TECHNIQUES]
+    parser.add_argument("--pipeline", choices=names, help="technique; default: the one the checkpoint belongs to")
+    parser.add_argument("--model", help="bundled name, folder, or owner/name@revision (default: the bundled one)")
+    conditions = parser.add_mutually_exclusive_group()
+    conditions.add_argument("--prompts", nargs="+", metavar="TEXT", help="sample i uses prompt i modulo their number")
+    conditions.add_argument("--prompts-file", type=Path, help="a text file, one prompt a line")
+    conditions.add_argument("--class-labels", nargs="+", metavar="LABEL", help="ids or names, used in turn")
+    conditions.add_argument("--actions-file", type=Path, help="JSON: a list of action lists")
+    conditions.add_argument("--from-image", type=Path, help="make the sample in this file again, from its metadata")
+    parser.add_argument("--num-samples", type=int, help="default: one per prompt")
+    parser.add_argument("--seed", type=int, default=0, help="sample i draws everything from seed + i (default: 0)")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the samples")
+    parser.add_argument("--npz", action="store_true", help="also write samples_NxHxWx3.npz (key arr_0)")
+    parser.add_argument("--sheet", action="store_true", help="also write sheet.png, the pictures side by side")
+    parser.add_argument("--no-metadata", action="store_true", help="write nothing but pixels into the files")
+    parser.add_argument("--scheduler", help="flow-euler, flow-heun, ddim, ddpm, dpm-solver or unipc")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", help="default: the GPU of this process, if there is one")
+    plugins = ", ".join(row.name for row in ACCELERATIONS) or "none"
+    parser.add_argument(
+        "--accelerate", action="append", default=[], metavar="NAME[:key=value,...]", help=f"plug-in: {plugins}"
+    )
+    if pipeline is not None:
+        technique(pipeline).options_class().add_arguments(parser.add_argument_group(f"options of {pipeline}"))
+    return parser
+
+
+def read_lines(path: Path) -> tuple[str, ...]:
+    """Non-empty lines of a text file."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    lines = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    if not lines:
+        raise ValueError(f"{path} holds no prompt")
+    return lines
+
+
+def read_actions(path: Path) -> tuple[tuple[int, ...], ...]:
+    """Action lists from a JSON file: a list of lists of integers."""
+    try:
+        lists = json.loads(path.read_text("utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} can't be read as JSON: {error}") from None
+    if not (isinstance(lists, list) and lists and all(isinstance(row, list) and row for row in lists)):
+        raise ValueError(f"{path} must hold a list of non-empty action lists")
+    return tuple(tuple(int(action) for action in row) for row in lists)
+
+
+def read_conditions(args: argparse.Namespace, kind: str) -> tuple[Any, ...]:
+    """The per-sample conditions of the kind that the pipeline takes."""
+    given = {
+        "prompt": args.prompts or args.prompts_file,
+        "class_labels": args.class_labels,
+        "actions": args.actions_file,
+    }
+    flags = {"prompt": "--prompts or --prompts-file", "class_labels": "--class-labels", "actions": "--actions-file"}
+    if given[kind] is None:
+        raise ValueError(f"this pipeline needs {flags[kind]}")
+    if kind == "prompt":
+        return read_lines(args.prompts_file) if args.prompts_file else tuple(args.prompts)
+    if kind == "class_labels":
+        return tuple(int(label) if label.isdigit() else label for label in args.class_labels)
+    return read_actions(args.actions_file)
+
+
+def job_from_arguments(argv: list[str]) -> tuple[argparse.Namespace, SamplingJob, list[int] | None]:
+    """Parses the command line into the job and, for `--from-image`, the indices of the batch to make again."""
+    first, _ = build_parser(None).parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    if first.from_image is not None:
+        args = build_parser(None).parse_args(argv)
+        record = read_record(args.from_image)
+        job, indices = job_of_record(record, model=args.model)
+        return args, job, indices
+    checkpoint = None
+    if first.model is not None:
+        checkpoint = find_checkpoint(first.model)
+        if first.pipeline not in (None, checkpoint.technique.name):
+            raise ValueError(f"{first.model} belongs to {checkpoint.technique.name}, not to {first.pipeline}")
+    name = first.pipeline or (checkpoint.technique.name if checkpoint else None)
+    args = build_parser(name).parse_args(argv)
+    if name is None:
+        raise ValueError("give --pipeline or --model")
+    if checkpoint is None:
+        row = technique(name)
+        if row.bundled is None:
+            raise ValueError(f"{name} has no bundled checkpoint; give --model")
+        checkpoint = find_checkpoint(row.bundled)
+        args.model = row.bundled
+    options_class = technique(name).options_class()
+    job = SamplingJob(
+        technique=name,
+        model=args.model,
+        weights_sha256=checkpoint.weights_sha256,
+        conditions=read_conditions(args, options_class.condition),
+        options=options_class.from_namespace(args),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        scheduler=args.scheduler,
+        dtype=args.dtype,
+        accelerations=dict(parse_acceleration(text) for text in args.accelerate),
+    )
+    return args, job, None
+
+
+def quiet_loading() -> None:
+    """One progress bar is enough: the libraries' own bars for loading shards are turned off."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after one sentence about a bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        if "--help" in argv or "-h" in argv:
+            first, _ = build_parser(None).parse_known_args(
+                [a for a in argv if a not in ("-h", "--help")] + ["--output=."]
+            )
+            build_parser(first.pipeline).print_help()
+            return 0
+        args, job, indices = job_from_arguments(argv)
+        quiet_loading()
+        num_samples = args.num_samples if args.num_samples is not None else len(job.conditions)
+        folder = SampleFolder(args.output, job, with_metadata=not args.no_metadata)
+        if indices is not None:
+            folder.make_again(read_record(args.from_image)["index"], indices, device=args.device)
+            return 0
+        folder.run(num_samples, npz=args.npz, sheet=args.sheet, device=args.device)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
