@@ -1,0 +1,267 @@
+"""ACDiT: golden parity, causality, cached inference, block sizes, converter, gradients."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from dit_suite.converters import ConversionError
+from dit_suite.converters.acdit import build_model
+from dit_suite.golden import acdit as golden
+from dit_suite.golden import read_fixture, section
+from dit_suite.models.acdit import ACDiTTransformer3DModel
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+FILES = sorted(GOLDEN.glob("acdit_*.safetensors"))
+
+
+def tiny(**changes) -> ACDiTTransformer3DModel:
+    config = {
+        "in_channels": 3,
+        "sample_height": 4,
+        "sample_width": 4,
+        "block_size": 4,
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_classes": 5,
+    }
+    torch.manual_seed(0)
+    model = ACDiTTransformer3DModel(**{**config, **changes}).eval()
+    for name, parameter in model.named_parameters():
+        if "modulation" in name or "proj_out" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def draw(model: ACDiTTransformer3DModel, batch: int = 2, block_size: int | None = None):
+    generator = torch.Generator().manual_seed(3)
+    config = model.config
+    shape = (batch, config.in_channels, config.num_frames, config.sample_height, config.sample_width)
+    clean, noisy = (model.to_blocks(torch.randn(shape, generator=generator), block_size) for _ in range(2))
+    time = torch.randint(0, 1000, clean.shape[:2], generator=generator).float()
+    labels = torch.arange(batch) % config.num_classes
+    return clean, noisy, time, labels
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_golden(path: Path):
+    tensors, config = read_fixture(path)
+    failed = [(r.name, r.error) for r in golden.check(tensors, config) if not r.passed]
+    assert not failed
+
+
+def test_golden_check_notices_a_wrong_mask_and_a_wrong_weight():
+    tensors, config = read_fixture(GOLDEN / "acdit_masks.safetensors")
+    name = "output.train_mask_T3_B2"
+    spoiled = {**tensors, name: 1 - tensors[name]}
+    assert any(not r.passed for r in golden.check(spoiled, config))
+    tensors, config = read_fixture(GOLDEN / "acdit_image.safetensors")
+    key = "state_dict.blocks.0.attn.q_norm.weight"
+    spoiled = {**tensors, key: tensors[key] * 1.01}
+    assert not all(r.passed for r in golden.check(spoiled, config) if r.name == "train")
+
+
+def test_converter_names_missing_and_unexpected_keys():
+    tensors, config = read_fixture(GOLDEN / "acdit_image.safetensors")
+    weights = section(tensors, "state_dict")
+    shape = {"grid": (1, 4, 4), "patch_size": 1, "block_size": 4}
+    short = {k: v for k, v in weights.items() if k != "blocks.1.mlp.fc2.bias"}
+    with pytest.raises(ConversionError, match="ff.net.2.bias"):
+        build_model(short, **shape)
+    with pytest.raises(ConversionError, match="strange"):
+        build_model({**weights, "strange": torch.zeros(1)}, **shape)
+    with safe_open(GOLDEN / "acdit_image.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["config"]) == config
+
+
+def test_one_block_is_a_plain_dit():
+    """A2: with T = 1 the clean half has no influence and the pass equals a cached pass without a cache content."""
+    model = tiny(block_size=16)
+    clean, noisy, time, labels = draw(model)
+    alone = model(noisy, time, labels).sample
+    torch.testing.assert_close(
+        model(noisy, time, labels, clean, drop_last_clean=False).sample, alone, atol=1e-6, rtol=0
+    )
+    cached = model(noisy, time, labels, kv_cache=model.new_cache(2), block_index=0).sample
+    torch.testing.assert_close(cached, alone, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_causality():
+    """A3: which outputs a clean block, a noisy block and a timestep reach."""
+    model = tiny()
+    clean, noisy, time, labels = draw(model)
+    base = model(noisy, time, labels, clean).sample
+
+    def changed(**inputs) -> list[bool]:
+        arguments = {"hidden_states": noisy, "timestep": time, "clean_hidden_states": clean, **inputs}
+        out = model(class_labels=labels, **arguments).sample
+        return [not torch.allclose(out[:, i], base[:, i], atol=1e-6, rtol=0) for i in range(4)]
+
+    other = clean.clone()
+    other[:, 1] += 1
+    assert changed(clean_hidden_states=other) == [False, False, True, True]
+    other = noisy.clone()
+    other[:, 1] += 1
+    assert changed(hidden_states=other) == [False, True, False, False]
+    other = time.clone()
+    other[:, 2] = (other[:, 2] + 300) % 1000
+    assert changed(timestep=other) == [False, False, True, False]
+
+
+def test_dropping_the_last_clean_block_changes_neither_output_nor_gradients():
+    """A4."""
+    gradients = []
+    outputs = []
+    for drop in (True, False):
+        model = tiny()
+        clean, noisy, time, labels = draw(model)
+        out = model(noisy, time, labels, clean, drop_last_clean=drop).sample
+        out.square().mean().backward()
+        outputs.append(out.detach())
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_cached_inference_equals_the_masked_forward(block_size: int):
+    """A5, A8: fused and later passes, with the same weights at every block size."""
+    model = tiny()
+    clean, noisy, time, labels = draw(model, block_size=block_size)
+    expected = model(noisy, time, labels, clean).sample
+    cache = model.new_cache(2, block_size)
+    for i in range(clean.shape[1]):
+        step = {"kv_cache": cache, "block_index": i}
+        new = clean[:, i - 1 : i] if i else None
+        now = noisy[:, i : i + 1], time[:, i : i + 1], labels
+        fused = model(*now, clean_hidden_states=new, **step).sample
+        torch.testing.assert_close(fused[:, 0], expected[:, i], atol=1e-5, rtol=0)
+        before = cache.buffer.clone()
+        later = model(*now, **step).sample
+        torch.testing.assert_close(later[:, 0], expected[:, i], atol=1e-5, rtol=0)
+        assert torch.equal(cache.buffer, before)
+        assert cache.length == i
+
+
+@torch.no_grad()
+def test_guidance_halves_share_one_clean_cache():
+    """A6: clean keys do not depend on label or timestep, and a shared cache gives what two caches give."""
+    model = tiny()
+    clean, noisy, time, labels = draw(model)
+    null = torch.full_like(labels, model.null_label)
+    shared, doubled = model.new_cache(2), model.new_cache(4)
+    both = torch.cat([labels, null])
+    for i in range(4):
+        new = clean[:, i - 1 : i] if i else None
+        now = noisy[:, i : i + 1].repeat(2, 1, 1, 1), time[:, i : i + 1].repeat(2, 1), both
+        one = model(*now, clean_hidden_states=new, kv_cache=shared, block_index=i).sample
+        new = new.repeat(2, 1, 1, 1) if i else None
+        two = model(*now, clean_hidden_states=new, kv_cache=doubled, block_index=i).sample
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+    assert torch.equal(doubled.buffer[:, :, :2], doubled.buffer[:, :, 2:])
+    assert shared.nbytes * 2 == doubled.nbytes
+
+
+def test_several_clean_blocks_can_be_written_at_once():
+    """A13: a prefix enters in one pass and leaves the cache that block-by-block writing leaves."""
+    model = tiny()
+    clean, noisy, time, labels = draw(model)
+    step = noisy[:, 3:4], time[:, 3:4], labels
+    at_once, one_by_one = model.new_cache(2), model.new_cache(2)
+    with torch.no_grad():
+        first = model(*step, clean_hidden_states=clean[:, :3], kv_cache=at_once, block_index=3).sample
+        for i in (1, 2, 3):
+            now = noisy[:, i : i + 1], time[:, i : i + 1], labels
+            second = model(*now, clean_hidden_states=clean[:, i - 1 : i], kv_cache=one_by_one, block_index=i).sample
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+    torch.testing.assert_close(at_once.buffer, one_by_one.buffer, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"block_size": 4}, {"block_size": 16}, {"num_frames": 3, "sample_width": 6, "block_size": 6, "patch_size": 2}],
+    ids=["squares", "one", "clip"],
+)
+def test_blocks_round_trip(changes: dict):
+    model = tiny(**{"rope_split": None, "attention_head_dim": 16, **changes})
+    config = model.config
+    shape = (2, 3, config.num_frames, config.sample_height, config.sample_width)
+    latents = torch.arange(2 * 3 * config.num_frames * 4 * config.sample_width, dtype=torch.float32).reshape(shape)
+    blocks = model.to_blocks(latents, 9 if changes.get("num_frames") else None)
+    assert torch.equal(model.from_blocks(blocks), latents)
+
+
+def test_squares_are_cut_in_raster_order():
+    model = tiny(in_channels=1)
+    blocks = model.to_blocks(torch.arange(16.0).reshape(1, 1, 1, 4, 4))
+    assert blocks[0, :, :, 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for enabled in (False, True):
+        model = tiny().train()
+        model.label_embed.dropout_prob = 0.0
+        if enabled:
+            model.enable_gradient_checkpointing()
+        clean, noisy, time, labels = draw(model)
+        model(noisy, time, labels, clean).sample.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=0)
+
+
+def test_a_new_model_predicts_zero_and_eval_mode_drops_no_label():
+    model = ACDiTTransformer3DModel(3, 4, 4, block_size=4, num_layers=1, num_attention_heads=1, num_classes=3)
+    clean, noisy, time, labels = draw(model)
+    assert not model(noisy, time, labels, clean).sample.any()
+    model = tiny(class_dropout_prob=0.9)
+    assert torch.equal(model(noisy, time, labels, clean).sample, model(noisy, time, labels, clean).sample)
+    model.train()
+    labels = labels.repeat(8)
+    inputs = [x.repeat_interleave(8, 0) for x in (noisy, time, clean)]
+    torch.manual_seed(0)
+    first, second = (model(inputs[0], inputs[1], labels, inputs[2]).sample for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_save_and_load(tmp_path: Path):
+    model = tiny(rope_split=(1, 1))
+    model.save_pretrained(tmp_path)
+    again = ACDiTTransformer3DModel.from_pretrained(tmp_path)
+    clean, noisy, time, labels = draw(model)
+    assert torch.equal(model(noisy, time, labels, clean).sample, again(noisy, time, labels, clean).sample)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_size": 5}, "do not divide"),
+        ({"block_size": 2}, "squares of 2"),
+        ({"num_frames": 2, "square_blocks": True}, "single frame"),
+        ({"rope_style": "spiral"}, "rope_style"),
+        ({"patch_size": 3}, "do not fit"),
+        ({"rope_split": (1, 2, 3)}, "needs 2 numbers"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        tiny(**changes)
+
+
+def test_calls_that_do_not_fit_are_refused():
+    model = tiny()
+    clean, noisy, time, labels = draw(model)
+    with pytest.raises(ValueError, match="need clean_hidden_states"):
+        model(noisy, time, labels)
+    with pytest.raises(ValueError, match="0 are cached, 1 are given"):
+        now = noisy[:, :1], time[:, :1], labels
+        model(*now, clean_hidden_states=clean[:, :1], kv_cache=model.new_cache(2), block_index=3)
+    with pytest.raises(ValueError, match="latents must be"):
+        model.to_blocks(torch.zeros(1, 3, 1, 8, 8))
