@@ -1,0 +1,189 @@
+"""VMoBA's gate and selection: which key blocks each query token attends to (paper section 3.3).
+
+Everything here decides per sample, so that a sample's result does not depend on its batch mates, and carries no
+gradient: selection is a constant of the backward pass.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+SELECT_MODES = ("topk", "threshold")
+POOLS = ("query_head", "head_global", "overall", "block")
+_EPS = 1e-6
+
+
+def block_means(key: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
+    """Mean key of every block, in float32 (float64 for float64 input).
+
+    Args:
+        key: `(batch, heads, tokens, head_dim)` in block order.
+        boundaries: `(blocks + 1,)`.
+
+    Returns:
+        `(batch, heads, blocks, head_dim)`.
+    """
+    dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+    sizes = boundaries.diff()
+    batch, heads, _, dim = key.shape
+    size = int(sizes[0])
+    if bool((sizes == size).all()):
+        return key.to(dtype).view(batch, heads, -1, size, dim).mean(3)
+    blocks = torch.arange(sizes.shape[0], device=key.device).repeat_interleave(sizes)
+    sums = torch.zeros(batch, heads, sizes.shape[0], dim, dtype=dtype, device=key.device)
+    return sums.index_add_(2, blocks, key.to(dtype)) / sizes.to(dtype)[:, None]
+
+
+def block_gate(query: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """Scores `(batch, heads, blocks, tokens)` of every query against every block mean; no scale, no softmax."""
+    return torch.matmul(means, query.to(means.dtype).transpose(-1, -2))
+
+
+def own_block_mask(boundaries: torch.Tensor) -> torch.Tensor:
+    """Bool `(blocks, tokens)`: token lies in block."""
+    tokens = torch.arange(int(boundaries[-1]), device=boundaries.device)
+    return (tokens >= boundaries[:-1, None]) & (tokens < boundaries[1:, None])
+
+
+def _to_pools(gate: torch.Tensor, pool: str) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Flattens each pool into the last dimension; the second value undoes it."""
+    batch, heads, blocks, tokens = gate.shape
+    if pool == "query_head":
+        return gate.transpose(-1, -2), lambda mask: mask.transpose(-1, -2)
+    if pool == "head_global":
+        return gate.flatten(2), lambda mask: mask.view(batch, heads, blocks, tokens)
+    if pool == "overall":
+        flat = gate.transpose(1, 2).flatten(1)
+        return flat, lambda mask: mask.view(batch, blocks, heads, tokens).transpose(1, 2)
+    flat = gate.transpose(1, 2).flatten(2)
+    return flat, lambda mask: mask.view(batch, blocks, heads, tokens).transpose(1, 2)
+
+
+@torch.no_grad()
+def select_topk(gate: torch.Tensor, own: torch.Tensor, k: int, pool: str = "query_head") -> torch.Tensor:
+    """Keeps the best pairs; a token's own block always ranks first and counts.
+
+    Per pool: `query_head` k blocks for every (head, token); `head_global` k * tokens pairs per head; `overall`
+    k * heads * tokens pairs per sample. k is capped at the number of blocks.
+
+    Args:
+        gate: `(batch, heads, blocks, tokens)`.
+        own: bool `(blocks, tokens)`.
+
+    Returns:
+        bool mask like `gate`, own blocks included.
+
+    Raises:
+        ValueError: pool "block", for which top-k is not defined, or k < 1.
+    """
+    if pool not in POOLS or pool == "block":
+        raise ValueError(f"top-k selection pools over query_head, head_global or overall, got {pool!r}")
+    if k < 1:
+        raise ValueError(f"k must be at least 1 (a token's own block), got {k}")
+    _, heads, blocks, tokens = gate.shape
+    per_pool = {"query_head": 1, "head_global": tokens, "overall": heads * tokens}[pool]
+    flat, restore = _to_pools(gate.masked_fill(own, float("inf")), pool)
+    best = flat.argsort(dim=-1, descending=True, stable=True)[..., : min(k, blocks) * per_pool]
+    return restore(torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, best, True))
+
+
+@torch.no_grad()
+def select_threshold(gate: torch.Tensor, own: torch.Tensor, tau: float, pool: str = "head_global") -> torch.Tensor:
+    """Keeps own blocks and then the best pairs until their min-max normalised gates sum to `tau` of the pool's total.
+
+    The pair that reaches the sum is included, so even tau = 0 keeps one extra pair per pool. tau >= 1 keeps everything.
+    Shifting a pool's gates or scaling them by a positive number changes nothing.
+
+    Args:
+        gate: `(batch, heads, blocks, tokens)`.
+        own: bool `(blocks, tokens)`.
+        tau: share of the pool's similarity, own blocks' share counted first.
+        pool: what is normalised and sorted together, within one sample.
+    """
+    if pool not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
+    if tau >= 1.0:
+        return torch.ones_like(gate, dtype=torch.bool)
+    flat, restore = _to_pools(gate, pool)
+    is_own, _ = _to_pools(own.expand_as(gate), pool)
+    low, high = flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True)
+    span = high - low
+    similarity = (flat - low) / torch.where(span <= _EPS, torch.ones_like(span), span)
+    total = similarity.sum(-1, keepdim=True)
+    own_sum = (similarity * is_own).sum(-1, keepdim=True)
+    remaining = (tau - own_sum / (total + _EPS)).clamp(min=0.0)
+    foreign, order = similarity.masked_fill(is_own, 0.0).sort(dim=-1, descending=True, stable=True)
+    reached = foreign.cumsum(-1) / (total + _EPS) >= remaining
+    keep_sorted = reached.cumsum(-1) - reached.long() == 0
+    kept = torch.zeros_like(is_own).scatter_(-1, order, keep_sorted)
+    return restore(kept | is_own)
+
+
+@torch.no_grad()
+def select_pairs(
+    query: torch.Tensor, means: torch.Tensor, boundaries: torch.Tensor, mode: str, pool: str, k: int, tau: float
+) -> torch.Tensor:
+    """Gate and selection in one go, one (sample, head) at a time where the pool allows it (memory stays linear).
+
+    Args:
+        query: `(batch, heads, tokens, head_dim)` in block order.
+        means: `(batch, heads, blocks, head_dim)` from `block_means`.
+
+    Returns:
+        bool mask `(batch, heads, blocks, tokens)`, own blocks included.
+    """
+    own = own_block_mask(boundaries)
+
+    def choose(gate: torch.Tensor) -> torch.Tensor:
+        return select_topk(gate, own, k, pool) if mode == "topk" else select_threshold(gate, own, tau, pool)
+
+    if pool in ("overall", "block"):
+        return torch.cat([choose(block_gate(q, m)) for q, m in zip(query.split(1), means.split(1), strict=True)])
+    rows = []
+    for q, m in zip(query.split(1), means.split(1), strict=True):
+        heads = zip(q.split(1, dim=1), m.split(1, dim=1), strict=True)
+        rows.append(torch.cat([choose(block_gate(head_q, head_m)) for head_q, head_m in heads], dim=1))
+    return torch.cat(rows)
+
+
+def _topk_chunk(query: torch.Tensor, means: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
+    scores = torch.matmul(query, means.transpose(-1, -2)).float()
+    blocks = torch.arange(means.shape[-2], device=query.device)
+    scores = scores.masked_fill(own[:, None] == blocks, float("-inf"))
+    return scores.topk(k, dim=-1, sorted=False).indices
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled_topk_chunk() -> Callable:
+    return torch.compile(_topk_chunk, dynamic=False)
+
+
+@torch.no_grad()
+def foreign_topk(
+    query: torch.Tensor, means: torch.Tensor, own: torch.Tensor, k: int, chunk: int = 8192, compiled: bool = False
+) -> torch.Tensor:
+    """The `k` best foreign blocks of every token and head, without ever holding the whole gate.
+
+    The default path of top-k per query. With `compiled` the scores, the own-block mask and the top-k of a chunk are one
+    compiled region; half-precision queries are multiplied in half precision, which can swap near-equal blocks.
+
+    Args:
+        query: `(batch, heads, tokens, head_dim)` in block order.
+        means: `(batch, heads, blocks, head_dim)`.
+        own: int64 `(tokens,)`, the block of each token.
+        k: foreign blocks to keep (capped at blocks - 1).
+
+    Returns:
+        int64 `(batch, heads, tokens, k)`, in no particular order.
+    """
+    k = min(k, means.shape[-2] - 1)
+    if k < 1:
+        return torch.empty(*query.shape[:3], 0, dtype=torch.int64, device=query.device)
+    run = _compiled_topk_chunk() if compiled else _topk_chunk
+    dtype = query.dtype if compiled else means.dtype
+    means = means.to(dtype)
+    parts = [
+        run(q.to(dtype), means, block, k) for q, block in zip(query.split(chunk, dim=2), own.split(chunk), strict=True)
+    ]
+    return torch.cat(parts, dim=2)

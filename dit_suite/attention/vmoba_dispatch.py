@@ -1,0 +1,230 @@
+"""The exact path of VMoBA: every (sample, head, block) attends with the query tokens that selected it.
+
+Forward: partial attentions over own blocks and selected blocks, merged by log-sum-exp. Backward: the flash identity
+with the merged output and the merged log-sum-exp, so that both kinds of pairs sum into the same gradients.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from dit_suite.attention.merge import accumulation_dtype, attention_with_lse
+
+
+@dataclass(frozen=True)
+class PairLists:
+    """Which query rows chose which key block.
+
+    A row is `(sample * heads + head) * tokens + token`, an expert `(sample * heads + head) * blocks + block`; tokens are
+    numbered in block order.
+
+    Attributes:
+        rows: int64 `(pairs,)`, sorted by expert and then by token.
+        counts: int64 `(experts,)`, rows of each expert.
+    """
+
+    rows: torch.Tensor
+    counts: torch.Tensor
+
+    @property
+    def total(self) -> int:
+        return self.rows.shape[0]
+
+    def scores(self, sizes: torch.Tensor) -> int:
+        """Query-key scores of all pairs, given the block sizes."""
+        return int((self.counts.view(-1, sizes.shape[0]) * sizes.to(self.counts.device)).sum())
+
+
+def pairs_from_mask(mask: torch.Tensor) -> PairLists:
+    """Pair lists of a bool mask `(batch, heads, blocks, tokens)`."""
+    batch, heads, blocks, tokens = mask.shape
+    flat = mask.reshape(batch * heads, blocks, tokens)
+    head, _, token = flat.nonzero(as_tuple=True)
+    return PairLists(head * tokens + token, flat.sum(-1).flatten())
+
+
+def pairs_from_indices(chosen: torch.Tensor, blocks: int) -> PairLists:
+    """Pair lists of per-token block numbers `(batch, heads, tokens, k)`."""
+    batch, heads, tokens, k = chosen.shape
+    head = torch.arange(batch * heads, device=chosen.device).view(batch, heads, 1, 1)
+    expert = (head * blocks + chosen).flatten()
+    order = torch.argsort(expert, stable=True)
+    counts = torch.bincount(expert, minlength=batch * heads * blocks)
+    return PairLists(order.div(max(k, 1), rounding_mode="floor"), counts)
+
+
+def _experts(pairs: PairLists, boundaries: torch.Tensor, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """(slice into the pair list, slice into the flat key rows) of every expert that was chosen."""
+    edges = boundaries.tolist()
+    blocks = len(edges) - 1
+    start = 0
+    for expert, count in enumerate(pairs.counts.tolist()):
+        if count == 0:
+            continue
+        head, block = divmod(expert, blocks)
+        yield slice(start, start + count), slice(head * tokens + edges[block], head * tokens + edges[block + 1])
+        start += count
+
+
+def _own_blocks(boundaries: torch.Tensor) -> Iterator[tuple[int, int, int]]:
+    """Runs of equal block length: (first token, one past the last token, block length)."""
+    edges = boundaries.tolist()
+    sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    first = 0
+    for i, size in enumerate(sizes):
+        if i + 1 == len(sizes) or sizes[i + 1] != size:
+            yield edges[first], edges[i + 1], size
+            first = i + 1
+
+
+def _own_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every token over its own block; `(heads, tokens, dim)` in and out, lse `(heads, tokens)`."""
+    heads, _, dim = query.shape
+    outs, lses = [], []
+    for start, stop, size in _own_blocks(boundaries):
+        q, k, v = (t[:, start:stop].reshape(-1, 1, size, dim) for t in (query, key, value))
+        out, lse = attention_with_lse(q, k, v, scale)
+        outs.append(out.reshape(heads, stop - start, dim))
+        lses.append(lse.reshape(heads, stop - start))
+    return torch.cat(outs, 1), torch.cat(lses, 1)
+
+
+def _varlen_available(query: torch.Tensor) -> bool:
+    return query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
+
+
+def _foreign_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    pairs: PairLists,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All experts in one variable-length flash attention call (CUDA, half precision)."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    cu_q, cu_k, max_q, max_k = _varlen_lengths(query, boundaries, pairs)
+    out, lse = varlen_attn(
+        query[pairs.rows, None],
+        key[:, None],
+        value[:, None],
+        cu_q,
+        cu_k,
+        max_q,
+        max_k,
+        return_aux=AuxRequest(lse=True),
+        scale=scale,
+    )
+    return out[:, 0], lse.reshape(-1)[: pairs.total]
+
+
+def _varlen_lengths(
+    query: torch.Tensor, boundaries: torch.Tensor, pairs: PairLists
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    sizes = boundaries.diff().to(query.device)
+    tokens = int(boundaries[-1])
+    heads = query.shape[0] // tokens
+    zero = torch.zeros(1, dtype=torch.int32, device=query.device)
+    cu_q = torch.cat([zero, pairs.counts.cumsum(0).to(torch.int32)])
+    cu_k = torch.cat([zero, sizes.repeat(heads).cumsum(0).to(torch.int32)])
+    return cu_q, cu_k, int(pairs.counts.max()), int(sizes.max())
+
+
+def _foreign_loop(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    pairs: PairLists,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One attention per expert with exactly the queries that chose it."""
+    out = query.new_empty(pairs.total, query.shape[-1])
+    lse = torch.empty(pairs.total, dtype=accumulation_dtype(query.dtype), device=query.device)
+    for chosen, keys in _experts(pairs, boundaries, int(boundaries[-1])):
+        q = query.index_select(0, pairs.rows[chosen])
+        part, part_lse = attention_with_lse(q[None, None], key[None, None, keys], value[None, None, keys], scale)
+        out[chosen], lse[chosen] = part[0, 0], part_lse[0, 0]
+    return out, lse
+
+
+def _merge(
+    own: torch.Tensor, own_lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merges each row's own-block result with its selected blocks' results (rows may appear many times)."""
+    dtype = own_lse.dtype
+    part_lse = part_lse.to(dtype)
+    peak = own_lse.scatter_reduce(0, rows, part_lse, "amax", include_self=True)
+    own_weight, part_weight = torch.exp(own_lse - peak), torch.exp(part_lse - peak[rows])
+    total = own_weight.index_add(0, rows, part_weight)
+    out = (own.to(dtype) * own_weight[:, None]).index_add_(0, rows, part.to(dtype) * part_weight[:, None])
+    return out / total[:, None], peak + torch.log(total)
+
+
+def _backward_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    grad: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv of one set of pairs under the merged log-sum-exp; `(..., rows, dim)` operands."""
+    weights = torch.exp(torch.matmul(query, key.transpose(-1, -2)) * scale - lse[..., None])
+    grad_value = torch.matmul(weights.transpose(-1, -2), grad)
+    scores = weights * (torch.matmul(grad, value.transpose(-1, -2)) - delta[..., None]) * scale
+    return torch.matmul(scores, key), torch.matmul(scores.transpose(-1, -2), query), grad_value
+
+
+class PairAttention(torch.autograd.Function):
+    """Attention over own block and selected pairs; `(batch, heads, tokens, dim)` in block order.
+
+    Returns the output and its log-sum-exp, both differentiable.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, boundaries, pairs, scale):
+        batch, heads, tokens, dim = query.shape
+        q, k, v = (t.reshape(batch * heads, tokens, dim) for t in (query, key, value))
+        out, lse = _own_attention(q, k, v, boundaries, scale)
+        flat_q, flat_k, flat_v = (t.reshape(-1, dim) for t in (q, k, v))
+        out, lse = out.reshape(-1, dim), lse.reshape(-1)
+        if pairs.total:
+            foreign = _foreign_varlen if _varlen_available(query) else _foreign_loop
+            part, part_lse = foreign(flat_q, flat_k, flat_v, boundaries, pairs, scale)
+            out, lse = _merge(out, lse, part, part_lse, pairs.rows)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(flat_q, flat_k, flat_v, out, lse, boundaries)
+        ctx.pairs, ctx.scale, ctx.shape = pairs, scale, query.shape
+        return out.view(query.shape), lse.view(batch, heads, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        query, key, value, out, lse, boundaries = ctx.saved_tensors
+        batch, heads, tokens, dim = ctx.shape
+        dtype = accumulation_dtype(query.dtype)
+        q, k, v, o, g = (t.reshape(-1, dim).to(dtype) for t in (query, key, value, out, grad_out))
+        delta = (o * g).sum(-1) - grad_lse.reshape(-1).to(dtype)
+        grads = [torch.zeros_like(t) for t in (q, k, v)]
+
+        def per_head(t: torch.Tensor, start: int, stop: int, size: int) -> torch.Tensor:
+            return t.view(batch * heads, tokens, *t.shape[1:])[:, start:stop].reshape(-1, size, *t.shape[1:])
+
+        for start, stop, size in _own_blocks(boundaries):
+            parts = _backward_of(*(per_head(t, start, stop, size) for t in (q, k, v, g, lse, delta)), ctx.scale)
+            for total, part in zip(grads, parts, strict=True):
+                total.view(batch * heads, tokens, dim)[:, start:stop] += part.view(batch * heads, -1, dim)
+        for chosen, keys in _experts(ctx.pairs, boundaries, tokens):
+            rows = ctx.pairs.rows[chosen]
+            dq, dk, dv = _backward_of(q[rows], k[keys], v[keys], g[rows], lse[rows], delta[rows], ctx.scale)
+            grads[0].index_add_(0, rows, dq)
+            grads[1][keys] += dk
+            grads[2][keys] += dv
+        return *(total.to(query.dtype).view(ctx.shape) for total in grads), None, None, None
