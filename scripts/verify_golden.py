@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from dit_suite.golden import discover, family_of, read_fixture
 
 OUTSIDE, UNREADABLE = 1, 2
