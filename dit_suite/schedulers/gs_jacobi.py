@@ -1,0 +1,571 @@
+"""GS-Jacobi: solvers for the triangular system of a TarFlow block.
+
+"Accelerate TarFlow Sampling with GS-Jacobi Iteration" (arXiv 2505.12849). Sampling inverts one block after the other,
+the last block first. In the block's own token order the unknowns x obey
+
+    x_0 = z_0,    x_t = exp(a_t(x_<t)) * z_t + b_t(x_<t)
+
+`GSJacobiScheduler.step` solves one block in one of three ways:
+
+- sequential: forward substitution with a preallocated KV cache, T - 1 network calls of one token;
+- Jacobi / Gauss-Seidel-Jacobi: the sequence is cut into modules; all tokens of a module are updated at once, `sweeps`
+  times, while the modules before it stay fixed with their keys and values cached;
+- staggered: as before, but sweep k of a module shares a network call with sweep k - 1 of the next module, sweep k - 2 of
+  the one after, and so on, so that a window of `sweeps` modules slides over the sequence. Same work, fewer calls.
+
+After k sweeps the first k tokens of a module are exact whatever the initial guess, so `sweeps` >= module length gives
+the sequential solution.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+from dit_suite.models.tarflow import LayerCache, TarFlowBlock, TarFlowModel
+from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+
+GUESSES = ("latent", "zero")
+STOPPING = ("sample", "batch")
+DIVERGED = 1e6
+
+
+@dataclass(frozen=True)
+class FlowGuidance:
+    """Guidance of a flow: extrapolates the raw log-scale and shift away from a weaker branch (TarFlow, section 3.4).
+
+    Attributes:
+        scale: weight w; 0 or less turns guidance off.
+        parameters: "ab" both, "a" the log-scale only, "b" the shift only, "" none.
+        temperature: attention temperature of the weaker branch (the class-free one).
+        annealed: the weight grows linearly over the tokens of a block, from w / (T - 1) to w.
+    """
+
+    scale: float = 0.0
+    parameters: str = "ab"
+    temperature: float = 1.0
+    annealed: bool = False
+
+    def __post_init__(self) -> None:
+        if not set(self.parameters) <= set("ab"):
+            raise ValueError(f"guidance parameters must be made of the letters a and b, got {self.parameters!r}")
+        if not self.temperature > 0:
+            raise ValueError(f"the attention temperature must be above 0, got {self.temperature}")
+
+    @property
+    def active(self) -> bool:
+        return self.scale > 0 and self.parameters != ""
+
+
+@dataclass(frozen=True)
+class BlockStrategy:
+    """How one block is solved.
+
+    Attributes:
+        modules: 0 (or T) for the sequential loop, 1 for Jacobi on the whole sequence, G for G modules.
+        sweeps: updates per module at most.
+        guess: first iterate, "latent" (x = z) or "zero" (x = z_0, 0, 0, ...).
+        staggered: slide a window of `sweeps` modules instead of finishing module after module.
+    """
+
+    modules: int = 0
+    sweeps: int = 1
+    guess: str = "latent"
+    staggered: bool = False
+
+    def __post_init__(self) -> None:
+        if self.modules < 0 or self.sweeps < 1:
+            raise ValueError(f"modules must be 0 or more and sweeps 1 or more, got {self.modules} and {self.sweeps}")
+        if self.guess not in GUESSES:
+            raise ValueError(f"guess must be one of {', '.join(GUESSES)}, got {self.guess!r}")
+
+    def is_sequential(self, tokens: int) -> bool:
+        return self.modules == 0 or self.modules >= tokens
+
+    def windows(self, tokens: int) -> list[tuple[int, int, int]]:
+        """The network calls of a block without early stopping: (first input, end of inputs, module).
+
+        Inputs `start .. end - 1` update the tokens `start + 1 .. end`. Modules cover every token; their lengths differ
+        by at most one where `modules` does not divide the number of tokens.
+        """
+        last = tokens - 1
+        if self.is_sequential(tokens):
+            return [(position, position + 1, 0) for position in range(last)]
+        edges = [module * tokens // self.modules for module in range(self.modules)] + [last]
+        spans = [(edges[m], edges[m + 1], m) for m in range(self.modules) if edges[m] < edges[m + 1]]
+        if not self.staggered:
+            return [span for span in spans for _ in range(self.sweeps)]
+        calls = []
+        for head in range(len(spans) + self.sweeps - 1):
+            tail = max(0, head - self.sweeps + 1)
+            calls.append((spans[tail][0], spans[min(head, len(spans) - 1)][1], tail))
+        return calls
+
+    def work(self, tokens: int) -> float:
+        """Token evaluations of a block in units of one pass over the sequence."""
+        return sum(end - start for start, end, _ in self.windows(tokens)) / tokens
+
+
+@dataclass
+class BlockTrace(BaseOutput):
+    """One solved block.
+
+    Attributes:
+        prev_sample: tokens `(batch, tokens, token_dim)` in image order, float32.
+        block: index of the block.
+        residuals: per sweep, `(batch,)` sums of squared changes of the tokens it covered; 0 for finished samples.
+        modules: the module of every sweep.
+        covered: the number of tokens that every sweep updated.
+        sweeps: `(batch,)` sweeps that each sample took part in.
+        calls: network calls (guidance runs both branches in one call).
+        fallbacks: samples that diverged and were solved sequentially.
+        interrupted: True when `should_stop` ended the solution early.
+    """
+
+    prev_sample: torch.Tensor
+    block: int = 0
+    residuals: list[torch.Tensor] = field(default_factory=list)
+    modules: list[int] = field(default_factory=list)
+    covered: list[int] = field(default_factory=list)
+    sweeps: torch.Tensor | None = None
+    calls: int = 0
+    fallbacks: tuple[int, ...] = ()
+    interrupted: bool = False
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        return self.prev_sample
+
+    def residual_norms(self) -> torch.Tensor:
+        """Per sweep, the residual of the reference: Frobenius norm over the batch / (batch * token_dim)."""
+        if not self.residuals:
+            return torch.zeros(0)
+        batch, _, token_dim = self.prev_sample.shape
+        return torch.stack(self.residuals).sum(dim=1).sqrt() / (batch * token_dim)
+
+    def residual_rms(self) -> torch.Tensor:
+        """`(sweeps, batch)`: root mean square change of each sample per number covered."""
+        counts = torch.tensor(self.covered, device=self.prev_sample.device) * self.prev_sample.shape[2]
+        return (torch.stack(self.residuals) / counts[:, None]).sqrt()
+
+
+class FlowSystem:
+    """The equations of one block for one batch: block order, class vectors, guidance and caches.
+
+    Args:
+        block: the block.
+        latents: `(batch, tokens, token_dim)` in image order.
+        class_labels: `(batch,)` or None.
+        guidance: off unless active and the two branches differ.
+    """
+
+    def __init__(
+        self, block: TarFlowBlock, latents: torch.Tensor, class_labels: torch.Tensor | None, guidance: FlowGuidance
+    ) -> None:
+        self.block = block
+        self.latents = block.order(latents.float()).contiguous()
+        self.batch, self.length, _ = latents.shape
+        self.positions = block.order(block.pos_embed, 0)
+        self.condition = block.condition(class_labels)
+        if self.condition is not None:
+            self.condition = self.condition.expand(self.batch, -1, -1)
+        labelled = self.condition is not None and class_labels is not None
+        self.guidance = guidance if guidance.active and (labelled or guidance.temperature != 1.0) else None
+        self.weaker = None if self.condition is None else block.condition(None).expand(self.batch, -1, -1)
+
+    def new_caches(self) -> list[LayerCache]:
+        rows = self.batch * (1 if self.guidance is None else 2)
+        weight = self.block.proj_in.weight
+        shape = [(rows, layer.heads, self.length, layer.head_dim) for layer in self.block.layers]
+        zeros = [[torch.zeros(s, dtype=weight.dtype, device=weight.device) for _ in range(2)] for s in shape]
+        return [LayerCache(keys, values) for keys, values in zeros]
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """The rows of the caches that belong to the samples in `index`."""
+        return index if self.guidance is None else torch.cat([index, index + self.batch])
+
+    def update(
+        self, tokens: torch.Tensor, start: int, caches: list[LayerCache] | None, index: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """New values of the tokens after each input: `(rows, length, token_dim)` float32.
+
+        Args:
+            tokens: inputs at `start ..`, `(rows, length, token_dim)`.
+            caches: of these rows.
+            index: the samples that the rows are; None for the whole batch.
+        """
+        condition, weaker, latents = self.condition, self.weaker, self.latents
+        if index is not None:
+            latents = latents.index_select(0, index)
+            condition = None if condition is None else condition.index_select(0, index)
+            weaker = None if weaker is None else weaker.index_select(0, index)
+        end = start + tokens.shape[1]
+        if self.guidance is None:
+            log_scale, shift = self.block.next_affine(tokens, condition, start, None, caches, self.positions)
+        else:
+            log_scale, shift = self._guided(tokens, condition, weaker, start, caches)
+        return torch.exp(log_scale) * latents[:, start + 1 : end + 1] + shift
+
+    def _guided(
+        self,
+        tokens: torch.Tensor,
+        condition: torch.Tensor | None,
+        weaker: torch.Tensor | None,
+        start: int,
+        caches: list[LayerCache] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        guidance, rows = self.guidance, tokens.shape[0]
+        scale = torch.ones(2 * rows, 1, 1, 1, device=tokens.device)
+        scale[rows:] = 1.0 / guidance.temperature
+        both = None if condition is None else torch.cat([condition, weaker])
+        log_scale, shift = self.block.next_affine(
+            torch.cat([tokens, tokens]), both, start, scale, caches, self.positions
+        )
+        weight = guidance.scale
+        if guidance.annealed:
+            steps = torch.arange(start + 1, start + tokens.shape[1] + 1, device=tokens.device, dtype=torch.float32)
+            weight = (guidance.scale / (self.length - 1)) * steps[:, None]
+        result = []
+        for name, value in (("a", log_scale), ("b", shift)):
+            strong, weak = value.chunk(2)
+            result.append(strong + weight * (strong - weak) if name in guidance.parameters else strong)
+        return result[0], result[1]
+
+
+def _never() -> bool:
+    return False
+
+
+def _ignore(calls: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """What runs between two network calls: progress and interruption."""
+
+    progress: Callable[[int], None] = _ignore
+    should_stop: Callable[[], bool] = _never
+
+
+def solve_sequential(system: FlowSystem, trace: BlockTrace, watch: _Watch) -> torch.Tensor:
+    """Forward substitution; returns the tokens in the block's order."""
+    found = system.latents.clone()
+    caches = system.new_caches()
+    for position in range(system.length - 1):
+        if watch.should_stop():
+            trace.interrupted = True
+            break
+        found[:, position + 1 : position + 2] = system.update(found[:, position : position + 1], position, caches)
+        trace.calls += 1
+        watch.progress(1)
+    return found
+
+
+class _Sweeper:
+    """Jacobi updates of one block. `found` holds the iterate in the block's order."""
+
+    def __init__(
+        self, system: FlowSystem, strategy: BlockStrategy, clamp: float | None, trace: BlockTrace, watch: _Watch
+    ) -> None:
+        self.system = system
+        self.clamp = clamp
+        self.trace = trace
+        self.watch = watch
+        self.found = system.latents.clone()
+        if strategy.guess == "zero":
+            self.found[:, 1:] = 0.0
+        # Nothing is read back from a cache when one module spans the sequence.
+        self.caches = None if strategy.modules == 1 else system.new_caches()
+        self.whole = strategy.modules == 1
+        self.diverged = torch.zeros(system.batch, dtype=torch.bool, device=self.found.device)
+
+    def sweep(
+        self, start: int, end: int, module: int, active: torch.Tensor | None, caches: list | None
+    ) -> torch.Tensor:
+        """Updates the tokens `start + 1 .. end` of the `active` samples; returns their sums of squared changes."""
+        found, first = self.found, start + 1
+        rows = found if active is None else found.index_select(0, active)
+        new = self.system.update(rows[:, start:end], start, caches, active)
+        old = rows[:, first : end + 1]
+        if self.clamp is not None:
+            new = new.clamp(-self.clamp, self.clamp)
+        # A wild iterate falls back to its latent, so that it can't spread through masked attention as NaN.
+        sane = new.abs() < DIVERGED
+        latents = self.system.latents if active is None else self.system.latents.index_select(0, active)
+        new = torch.where(sane, new, latents[:, first : end + 1])
+        change = (new - old).square().sum(dim=(1, 2))
+        wild = ~sane.flatten(1).all(dim=1)
+        if active is None:
+            found[:, first : end + 1] = new
+            self.diverged, everyone = wild, change
+        else:
+            found[active, first : end + 1] = new
+            self.diverged[active] = wild
+            everyone = change.new_zeros(self.system.batch).index_copy(0, active, change)
+        if self.clamp is not None and self.whole:
+            everyone = everyone + self._clamp_first_token()
+        self.trace.residuals.append(everyone)
+        self.trace.modules.append(module)
+        self.trace.covered.append(end - start)
+        self.trace.calls += 1
+        self.trace.sweeps += 1 if active is None else torch.zeros_like(self.trace.sweeps).index_fill(0, active, 1)
+        self.watch.progress(1)
+        return everyone
+
+    def _clamp_first_token(self) -> torch.Tensor:
+        """Pure Jacobi of the reference clamps token 0 as well; only the first sweep can change it."""
+        first = self.found[:, :1]
+        clamped = first.clamp(-self.clamp, self.clamp)
+        change = (clamped - first).square().sum(dim=(1, 2))
+        self.found[:, :1] = clamped
+        return change
+
+
+def _solve_staggered(sweeper: _Sweeper, windows: list[tuple[int, int, int]]) -> None:
+    wild = torch.zeros_like(sweeper.diverged)
+    for number, (start, end, module) in enumerate(windows):
+        if sweeper.watch.should_stop():
+            sweeper.trace.interrupted = True
+            return
+        sweeper.sweep(start, end, module, None, sweeper.caches)
+        leaves = number + 1 == len(windows) or windows[number + 1][0] > start
+        wild = wild | sweeper.diverged if leaves else wild
+    sweeper.diverged = wild
+
+
+def _solve_modules(sweeper: _Sweeper, windows: list[tuple[int, int, int]], tolerance: float, stopping: str) -> None:
+    """Module after module; a sample whose change is within `tolerance` takes no part in the module's later sweeps."""
+    system, wild = sweeper.system, torch.zeros_like(sweeper.diverged)
+    token_dim = system.latents.shape[2]
+    position = 0
+    while position < len(windows):
+        start, end, module = windows[position]
+        budget = sum(1 for window in windows if window[2] == module)
+        position += budget
+        active: torch.Tensor | None = None
+        caches = sweeper.caches
+        for done in range(1, budget + 1):
+            if sweeper.watch.should_stop():
+                sweeper.trace.interrupted = True
+                return
+            change = sweeper.sweep(start, end, module, active, caches)
+            if done == budget or tolerance < 0:
+                continue
+            if stopping == "batch":
+                going = change.sum().sqrt() / (system.batch * token_dim) > tolerance
+                going = going.expand(system.batch)
+            else:
+                going = (change / ((end - start) * token_dim)).sqrt() > tolerance
+            going = going | sweeper.diverged
+            if active is not None:
+                going = going & torch.zeros_like(going).index_fill(0, active, True)
+            remaining = going.nonzero().flatten()
+            if remaining.numel() == 0:
+                sweeper.watch.progress(budget - done)
+                break
+            if remaining.numel() < (system.batch if active is None else active.numel()):
+                _store(sweeper.caches, caches, system, active, start, end)
+                active = remaining
+                rows = system.rows(active)
+                caches = None if caches is None else [cache.rows(rows) for cache in sweeper.caches]
+        _store(sweeper.caches, caches, system, active, start, end)
+        wild = wild | sweeper.diverged
+        sweeper.diverged = torch.zeros_like(wild)
+    sweeper.diverged = wild
+
+
+def _store(
+    full: list[LayerCache] | None,
+    part: list[LayerCache] | None,
+    system: FlowSystem,
+    active: torch.Tensor | None,
+    start: int,
+    end: int,
+) -> None:
+    """Copies what a smaller batch wrote at `start .. end - 1` back into the caches of the whole batch."""
+    if full is None or active is None:
+        return
+    rows = system.rows(active)
+    for target, source in zip(full, part, strict=True):
+        target.keys[rows, :, start:end] = source.keys[:, :, start:end]
+        target.values[rows, :, start:end] = source.values[:, :, start:end]
+
+
+class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
+    """Solves the blocks of a `TarFlowModel` one by one, each in its own way. Its config is the strategy file.
+
+    Lists are in SAMPLING order: entry 0 is the last block. Without lists every block is solved sequentially.
+
+    Args:
+        modules: per block, 0 sequential, 1 Jacobi, G modules.
+        sweeps: per block, updates per module at most.
+        guesses: per block, "latent" or "zero".
+        staggered: per block, slide over the modules instead of finishing one after the other.
+        tolerance: a sample leaves a module when the root mean square change of a sweep is at most this; negative: the
+            number of sweeps is fixed. Staggered blocks have a fixed number.
+        stopping: "sample" decides for every sample by itself; "batch" is the reference's pooled rule (Frobenius norm
+            over the batch / (batch * token_dim) against `tolerance`).
+        clamp: bound on updated tokens (3.0 in the reference), or None. The sequential loop never clamps.
+        planned: what the planner measured, kept for the record.
+    """
+
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        modules: list[int] | None = None,
+        sweeps: list[int] | None = None,
+        guesses: list[str] | None = None,
+        staggered: list[bool] | None = None,
+        tolerance: float = -1.0,
+        stopping: str = "sample",
+        clamp: float | None = None,
+        planned: dict | None = None,
+    ) -> None:
+        if stopping not in STOPPING:
+            raise ValueError(f"stopping must be one of {', '.join(STOPPING)}, got {stopping!r}")
+        if clamp is not None and not clamp > 0:
+            raise ValueError(f"clamp must be above 0 or None, got {clamp}")
+        if math.isnan(tolerance):
+            raise ValueError("tolerance must be a number, got nan")
+        given = {"modules": modules, "sweeps": sweeps, "guesses": guesses, "staggered": staggered}
+        lengths = {name: len(values) for name, values in given.items() if values is not None}
+        if lengths and ("modules" not in lengths or len(set(lengths.values())) > 1):
+            raise ValueError(f"a strategy needs lists of one length, modules among them, got lengths {lengths}")
+        self.strategies: tuple[BlockStrategy, ...] = ()
+        if modules is not None:
+            count = len(modules)
+            columns = (modules, sweeps or [1] * count, guesses or ["latent"] * count, staggered or [False] * count)
+            self.strategies = tuple(BlockStrategy(*row) for row in zip(*columns, strict=True))
+        self.timesteps = torch.zeros(0, dtype=torch.int64)
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """One step per block: `timesteps` are the block indices in sampling order, B - 1 .. 0.
+
+        Raises:
+            ValueError: the strategy is for another number of blocks.
+        """
+        if self.strategies and len(self.strategies) != num_inference_steps:
+            raise ValueError(
+                f"the strategy lists {len(self.strategies)} blocks, but the model has {num_inference_steps}"
+            )
+        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
+
+    def strategy_of(self, block: int, num_blocks: int) -> BlockStrategy:
+        """How block `block` (in forward order) is solved."""
+        return self.strategies[num_blocks - 1 - block] if self.strategies else BlockStrategy()
+
+    def planned_calls(self, num_blocks: int, tokens: int) -> int:
+        """Network calls of a whole sample if no sample stops early."""
+        return sum(len(self.strategy_of(block, num_blocks).windows(tokens)) for block in range(num_blocks))
+
+    @torch.no_grad()
+    def step(
+        self,
+        model_output: TarFlowBlock,
+        timestep: int,
+        sample: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        guidance: FlowGuidance | None = None,
+        strategy: BlockStrategy | None = None,
+        progress: Callable[[int], None] = _ignore,
+        should_stop: Callable[[], bool] = _never,
+        return_dict: bool = True,
+    ) -> BlockTrace | tuple[torch.Tensor]:
+        """Inverts one block.
+
+        Args:
+            model_output: the block itself: this scheduler's step is a solver that evaluates the network as it needs.
+            timestep: the block's index.
+            sample: `(batch, tokens, token_dim)` in image order; not modified.
+            class_labels: `(batch,)` of classes >= 0, or None.
+            guidance: off by default.
+            strategy: instead of the planned one.
+            progress: told the number of finished network calls.
+            should_stop: asked before every network call.
+
+        Raises:
+            FloatingPointError: a sample overflowed even when solved sequentially.
+        """
+        block, guidance = model_output, guidance or FlowGuidance()
+        if strategy is None:
+            strategy = self.strategy_of(int(timestep), len(self.strategies) or int(timestep) + 1)
+        system = FlowSystem(block, sample, class_labels, guidance)
+        trace = BlockTrace(sample, block=int(timestep))
+        trace.sweeps = torch.zeros(system.batch, dtype=torch.int64, device=sample.device)
+        watch = _Watch(progress, should_stop)
+        if strategy.is_sequential(system.length):
+            found = solve_sequential(system, trace, watch)
+        else:
+            sweeper = _Sweeper(system, strategy, self.config.clamp, trace, watch)
+            windows = strategy.windows(system.length)
+            if strategy.staggered and strategy.modules > 1:
+                _solve_staggered(sweeper, windows)
+            else:
+                _solve_modules(sweeper, windows, self.config.tolerance, self.config.stopping)
+            found = sweeper.found
+            if bool(sweeper.diverged.any()) and not trace.interrupted:
+                found = self._solve_again(block, sample, class_labels, guidance, sweeper, trace)
+        if not trace.interrupted and not bool(torch.isfinite(found).all()):
+            wrong = (~torch.isfinite(found).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+            raise FloatingPointError(
+                f"block {int(timestep)} overflowed for sample(s) {', '.join(map(str, wrong))} of the batch; "
+                "lower the guidance scale or raise the attention temperature"
+            )
+        trace.prev_sample = block.order(found)
+        return trace if return_dict else (trace.prev_sample,)
+
+    def _solve_again(
+        self,
+        block: TarFlowBlock,
+        sample: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        guidance: FlowGuidance,
+        sweeper: _Sweeper,
+        trace: BlockTrace,
+    ) -> torch.Tensor:
+        """Solves the samples whose sweeps diverged sequentially; the others keep what they have."""
+        index = sweeper.diverged.nonzero().flatten()
+        labels = None if class_labels is None else class_labels.index_select(0, index)
+        system = FlowSystem(block, sample.index_select(0, index), labels, guidance)
+        trace.fallbacks = tuple(index.tolist())
+        return sweeper.found.index_copy(0, index, solve_sequential(system, trace, _Watch()))
+
+
+@dataclass(frozen=True)
+class FlowSolution:
+    """All blocks solved: `tokens` is the last state, `blocks` every trace in sampling order."""
+
+    tokens: torch.Tensor
+    blocks: tuple[BlockTrace, ...]
+
+
+def solve(
+    model: TarFlowModel,
+    noise: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    scheduler: GSJacobiScheduler,
+    guidance: FlowGuidance | None = None,
+) -> FlowSolution:
+    """Noise `(batch, tokens, token_dim)` -> data through every block, the last one first.
+
+    The noise is scaled by the prior's standard deviation first; it is not modified.
+    """
+    tokens = noise.float() * model.var.float().sqrt()
+    count, run, traces = len(model.blocks), Run(), []
+    scheduler.set_timesteps(count)
+    for index, timestep in enumerate(scheduler.timesteps.tolist()):
+        strategy = scheduler.strategy_of(timestep, count)
+        with publish_step(StepContext(index, count, float(timestep), run=run)):
+            trace = scheduler.step(
+                model.blocks[timestep], timestep, tokens, class_labels, guidance, strategy, return_dict=True
+            )
+        tokens = trace.prev_sample
+        traces.append(trace)
+    return FlowSolution(tokens, tuple(traces))
