@@ -10,6 +10,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "BACConfig": "dit_suite.caching.plan",
+    "apply_bac": "dit_suite.caching.bac",
     "load_pipeline": "dit_suite.checkpoints",
     "sample_generators": "dit_suite.schedulers.generators",
 }

@@ -45,9 +45,10 @@ def bundled_index() -> dict[str, dict[str, Any]]:
 
 
 def weights_sha256(folder: Path) -> str:
-    """One hash over all safetensors of a checkpoint, in the order of their relative paths."""
+    """One hash over all safetensors of a checkpoint by relative path; cache profiles (`bac/`) are no weights."""
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors"), key=lambda p: p.relative_to(folder).as_posix()):
+    weights = [p for p in folder.rglob("*.safetensors") if p.relative_to(folder).parts[0] != "bac"]
+    for path in sorted(weights, key=lambda p: p.relative_to(folder).as_posix()):
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -24,6 +24,7 @@ class Technique:
         bundled: name of the checkpoint that comes with the repository, or None.
         accelerations: names of the plug-ins that fit.
         aliases: diffusers pipeline classes whose folders this pipeline runs.
+        also_runs: further network classes, by bare name, that its pipeline takes.
     """
 
     name: str
@@ -35,6 +36,11 @@ class Technique:
     bundled: str | None = None
     accelerations: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+    also_runs: tuple[str, ...] = ()
+
+    @property
+    def model_name(self) -> str:
+        return self.model.partition(":")[2]
 
     @property
     def pipeline_name(self) -> str:
@@ -92,10 +98,18 @@ TECHNIQUES: tuple[Technique, ...] = (
         pipeline="dit_suite.pipelines.pipeline_class_to_image:ClassToImagePipeline",
         options="dit_suite.call_options:ClassToImageOptions",
         aliases=("DiTPipeline",),
+        also_runs=("DiTTransformer2DModel",),
     ),
 )
 
-ACCELERATIONS: tuple[Acceleration, ...] = ()
+ACCELERATIONS: tuple[Acceleration, ...] = (
+    Acceleration(
+        name="bac",
+        title="BAC caching",
+        config="dit_suite.caching.plan:BACConfig",
+        apply="dit_suite.caching.bac:apply_bac",
+    ),
+)
 
 
 def technique(name: str) -> Technique:
@@ -112,14 +126,22 @@ def technique_of_class(class_name: str, model_class_name: str | None = None) -> 
     Several techniques may share a pipeline; `model_class_name` (as recorded for the transformer) picks among them.
 
     Raises:
-        ValueError: no row has that pipeline.
+        ValueError: no row has that pipeline, or none of them takes that network.
     """
     rows = [row for row in TECHNIQUES if class_name == row.pipeline_name or class_name in row.aliases]
     if not rows:
         known = sorted({row.pipeline_name for row in TECHNIQUES} | {a for row in TECHNIQUES for a in row.aliases})
         raise ValueError(f"{class_name!r} is not a pipeline of this suite; it opens {', '.join(known)}")
-    exact = [row for row in rows if row.model.partition(":")[2] == model_class_name]
-    return (exact or rows)[0]
+    if model_class_name is None:
+        return rows[0]
+    for row in rows:
+        if row.model_name == model_class_name:
+            return row
+    for row in rows:
+        if model_class_name in row.also_runs:
+            return row
+    known = sorted({row.model_name for row in rows} | {name for row in rows for name in row.also_runs})
+    raise ValueError(f"{class_name} does not run a {model_class_name}; it takes {', '.join(known)}")
 
 
 def acceleration(name: str) -> Acceleration:
