@@ -35,7 +35,7 @@ class BlockKVCache:
         if min(num_layers, batch_size, num_heads, head_dim, block_size) < 1 or num_slots < 0:
             raise ValueError("the sizes of a key-value cache must be positive")
         self.block_size, self.num_slots = block_size, num_slots
-        self._length = self._high = 0
+        self._length = self._high = self._base = 0
         shape = (num_layers, 2, batch_size, num_heads, num_slots * block_size, head_dim)
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
 
@@ -47,7 +47,7 @@ class BlockKVCache:
     @property
     def oldest(self) -> int:
         """Index of the oldest block still kept (a block overwritten by one since rolled back is gone for good)."""
-        return max(0, self._high - self.num_slots)
+        return max(self._base, self._high - self.num_slots)
 
     @property
     def num_layers(self) -> int:
@@ -70,9 +70,7 @@ class BlockKVCache:
 
         They become readable with `advance`, once every layer has been written.
         """
-        count = key.shape[2] // self.block_size
-        self._high = max(self._high, self._length + count)
-        for i in range(count):
+        for i in range(key.shape[2] // self.block_size):
             own = slice(i * self.block_size, (i + 1) * self.block_size)
             self.buffer[layer, 0, :, :, self._span(self._length + i)] = key[:, :, own]
             self.buffer[layer, 1, :, :, self._span(self._length + i)] = value[:, :, own]
@@ -80,20 +78,21 @@ class BlockKVCache:
     def advance(self, num_blocks: int) -> None:
         """Makes the blocks just written readable."""
         self._length += num_blocks
+        self._high = max(self._high, self._length)
 
     def truncate(self, length: int) -> None:
         """Rolls back to `length` blocks.
 
         Raises:
-            ValueError: `length` is not between 0 and the present length.
+            ValueError: `length` is not between the first block and the present length.
         """
-        if not 0 <= length <= self._length:
+        if not self._base <= length <= self._length:
             raise ValueError(f"a cache of {self._length} blocks cannot be rolled back to {length}")
         self._length = length
 
-    def reset(self) -> None:
-        """Forgets every block."""
-        self._length = self._high = 0
+    def reset(self, first: int = 0) -> None:
+        """Forgets every block; the next one to be written has index `first`."""
+        self._length = self._high = self._base = first
 
     def read(self, layer: int, first: int, last: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Views of blocks `first .. last-1` in order: one `(key, value)` pair, or two where the ring wraps.

@@ -1,0 +1,265 @@
+"""NFD, Next-Frame Diffusion: an action-conditioned, block-causal video transformer (arXiv 2506.01380).
+
+A frame is one autoregressive unit: its tokens are denoised together and read all tokens of the frames before. Every
+frame has its own noise level and its own action, which drive adaLN-Zero. Time alignment, fixed once: frame i is
+conditioned on the action taken after seeing frame i-1; the first frame has the null action (all zeros).
+
+No official code or weights exist; where the paper is silent the choices are ours (see the docstrings).
+"""
+
+import math
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import FeedForward
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from dit_suite.models.block_causal import (
+    NORM_EPS,
+    BlockCausalAttention,
+    BlockPattern,
+    attend,
+    block_causal_pattern,
+    rope_tables,
+    split_head_dim,
+)
+from dit_suite.models.kv_cache import BlockKVCache
+
+TIME_FEATURES = 128
+SLOWEST, FASTEST = 0.25, 16.0
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class FrameAttention:
+    """Frames read frames before them in the same pass and, with a cache, the frames cached before."""
+
+    def __init__(self, pattern: BlockPattern, backend: str, cache: BlockKVCache | None, span: tuple[int, int, int]):
+        self.pattern, self.backend, self.cache = pattern, backend, cache
+        self.first_past, self.past_end, self.num_written = span
+
+    def __call__(self, layer: int, heads: Heads) -> torch.Tensor:
+        query, key, value = heads
+        if self.cache is None:
+            return attend(query, key, value, self.pattern, self.backend)
+        past = self.cache.read(layer, self.first_past, self.past_end)
+        keys = torch.cat([*(k for k, _ in past), key], dim=2)
+        values = torch.cat([*(v for _, v in past), value], dim=2)
+        if self.num_written:
+            tokens = self.num_written * self.cache.block_size
+            self.cache.write(layer, key[:, :, :tokens], value[:, :, :tokens])
+        return attend(query, keys, values, self.pattern, self.backend)
+
+
+class NFDBlock(nn.Module):
+    """adaLN-Zero transformer layer with one modulation per frame."""
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=False)
+        self.attn = BlockCausalAttention(hidden_size, num_heads, head_dim)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=False)
+        self.ff = FeedForward(hidden_size, inner_dim=int(hidden_size * mlp_ratio), activation_fn="gelu-approximate")
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        condition: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        attention: FrameAttention,
+        layer: int,
+    ) -> torch.Tensor:
+        """`hidden_states` `(batch, frames, tokens, hidden)`, `condition` `(batch, frames, hidden)` after SiLU."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, :, None].chunk(6, dim=-1)
+        h = self.norm1(hidden_states) * (1 + scale1) + shift1
+        out = self.attn.merge(attention(layer, self.attn.project(h.flatten(1, 2), tables)))
+        hidden_states = hidden_states + gate1 * out.view_as(hidden_states)
+        h = self.norm2(hidden_states) * (1 + scale2) + shift2
+        return hidden_states + gate2 * self.ff(h)
+
+
+class NFDTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """Predicts the rectified-flow velocity `noise - x0` of every frame from its own noise level and action.
+
+    Args:
+        in_channels: channels of a frame (pixels or latents).
+        sample_height, sample_width: size of a frame.
+        patch_size: pixels per token side.
+        num_layers, num_attention_heads, attention_head_dim, mlp_ratio: of the transformer.
+        num_actions: length of the action vector (one-hot or multi-hot; all zeros is the null action).
+        window: frames that attention spans, the present one included.
+        rope_split: channels of a head for (frame, row, column), in proportion.
+        rope_theta: frequency base of all three axes.
+
+    Raises:
+        ValueError: the sizes do not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["NFDBlock"]
+    _repeated_blocks = ["NFDBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "norm"]
+    _skip_keys = ["kv_cache"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 3,
+        sample_height: int = 48,
+        sample_width: int = 64,
+        patch_size: int = 8,
+        num_layers: int = 6,
+        num_attention_heads: int = 4,
+        attention_head_dim: int = 64,
+        mlp_ratio: float = 4.0,
+        num_actions: int = 6,
+        window: int = 8,
+        rope_split: tuple[int, ...] = (2, 3, 3),
+        rope_theta: float = 256.0,
+    ):
+        super().__init__()
+        if sample_height % patch_size or sample_width % patch_size:
+            raise ValueError(f"patches of {patch_size} do not fit frames of {sample_height}x{sample_width}")
+        if window < 1 or num_actions < 1:
+            raise ValueError(f"window and num_actions must be at least 1, got {window} and {num_actions}")
+        self.grid = (sample_height // patch_size, sample_width // patch_size)
+        self.tokens_per_frame = math.prod(self.grid)
+        self.rope_dims = split_head_dim(attention_head_dim, tuple(rope_split))
+        hidden = num_attention_heads * attention_head_dim
+        token_channels = in_channels * patch_size**2
+        self.patch_embed = nn.Linear(token_channels, hidden)
+        self.time_embed = nn.Sequential(nn.Linear(TIME_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.action_embed = nn.Linear(num_actions, hidden, bias=False)
+        self.transformer_blocks = nn.ModuleList(
+            NFDBlock(hidden, num_attention_heads, attention_head_dim, mlp_ratio) for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(hidden, eps=NORM_EPS, elementwise_affine=False)
+        self.modulation_out = nn.Linear(hidden, 2 * hidden)
+        self.proj_out = nn.Linear(hidden, token_channels)
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for layer in (*(block.modulation for block in self.transformer_blocks), self.modulation_out, self.proj_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def new_cache(self, batch_size: int, draft_frames: int = 1) -> BlockKVCache:
+        """An empty cache: the frames of the window before the present one, and room for frames written ahead."""
+        config = self.config
+        slots = config.window - 1 + max(1, draft_frames)
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        return BlockKVCache(
+            config.num_layers, batch_size, heads, head_dim, self.tokens_per_frame, slots, self.device, self.dtype
+        )
+
+    def _patchify(self, frames: torch.Tensor) -> torch.Tensor:
+        batch, channels, num_frames = frames.shape[:3]
+        p, (rows, columns) = self.config.patch_size, self.grid
+        x = frames.reshape(batch, channels, num_frames, rows, p, columns, p).permute(0, 2, 3, 5, 4, 6, 1)
+        return x.reshape(batch, num_frames, rows * columns, p * p * channels)
+
+    def _unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
+        batch, num_frames = tokens.shape[:2]
+        p, (rows, columns), channels = self.config.patch_size, self.grid, self.config.in_channels
+        x = tokens.reshape(batch, num_frames, rows, columns, p, p, channels).permute(0, 6, 1, 2, 4, 3, 5)
+        return x.reshape(batch, channels, num_frames, rows * p, columns * p)
+
+    def _positions(self, first_frame: int, num_frames: int, device: torch.device) -> torch.Tensor:
+        axes = (
+            torch.arange(first_frame, first_frame + num_frames, device=device),
+            *(torch.arange(length, device=device) for length in self.grid),
+        )
+        return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")])
+
+    def _condition(self, timestep: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Time and action, `(batch, frames, hidden)`. Frequencies stay low so that the time derivative stays small."""
+        span = torch.linspace(math.log(SLOWEST), math.log(FASTEST), TIME_FEATURES // 2, device=timestep.device)
+        angles = timestep.float()[..., None] * span.exp()
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.dtype)
+        return nn.functional.silu(self.time_embed(features) + self.action_embed(actions.to(self.dtype)))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        actions: torch.Tensor,
+        first_frame: int = 0,
+        kv_cache: BlockKVCache | None = None,
+        num_written: int = 0,
+        backend: str = "auto",
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """One pass over consecutive frames.
+
+        Args:
+            hidden_states: noisy frames `(batch, channels, frames, height, width)`.
+            timestep: noise levels in [0, 1], `(batch, frames)`, `(batch,)` or a scalar.
+            actions: `(batch, frames, num_actions)`; the action that leads to each frame.
+            first_frame: absolute index of the first frame given.
+            kv_cache: frames before `first_frame`; its length must be `first_frame`.
+            num_written: leading frames of this pass whose keys and values are stored.
+            backend: see `attend`.
+
+        Returns:
+            Velocity, shaped like `hidden_states`.
+
+        Raises:
+            ValueError: a shape does not fit, or the cache ends elsewhere.
+        """
+        batch, channels, frames, height, width = hidden_states.shape
+        config = self.config
+        if (channels, height, width) != (config.in_channels, config.sample_height, config.sample_width):
+            wanted = (config.in_channels, config.sample_height, config.sample_width)
+            raise ValueError(f"a frame must be {wanted} (channels, height, width), got {(channels, height, width)}")
+        if actions.shape != (batch, frames, config.num_actions):
+            wanted = (batch, frames, config.num_actions)
+            raise ValueError(f"actions must be (batch, frames, num_actions) = {wanted}, got {tuple(actions.shape)}")
+        if timestep.ndim < 2:
+            timestep = timestep.reshape(-1, 1).expand(batch, frames)
+        first_past = first_frame
+        if kv_cache is not None:
+            if kv_cache.length != first_frame or num_written > frames:
+                raise ValueError(
+                    f"the cache ends before frame {kv_cache.length}, the pass starts at frame {first_frame}"
+                    f" and writes {num_written} of {frames}"
+                )
+            first_past = max(kv_cache.oldest, first_frame - config.window + 1)
+        num_past = first_frame - first_past
+        pattern = block_causal_pattern(frames, self.tokens_per_frame, config.window, num_past)
+        if kv_cache is not None and backend == "auto":
+            backend = "index"
+        attention = FrameAttention(pattern, backend, kv_cache, (first_past, first_frame, num_written))
+
+        bases = (config.rope_theta,) * 3
+        tables = rope_tables(self._positions(first_frame, frames, hidden_states.device), self.rope_dims, bases, "axial")
+        condition = self._condition(timestep, actions)
+        h = self.patch_embed(self._patchify(hidden_states))
+        for layer, block in enumerate(self.transformer_blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                h = self._gradient_checkpointing_func(block, h, condition, tables, attention, layer)
+            else:
+                h = block(h, condition, tables, attention, layer)
+        if kv_cache is not None:
+            kv_cache.advance(num_written)
+        shift, scale = self.modulation_out(condition)[:, :, None].chunk(2, dim=-1)
+        sample = self._unpatchify(self.proj_out(self.norm_out(h) * (1 + scale) + shift))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+NFD_SIZES = {
+    "toy": {"num_layers": 4, "num_attention_heads": 4, "attention_head_dim": 32},
+    "cpu": {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 64},
+    "base": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},
+    "130m": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},
+    "310m": {"num_layers": 16, "num_attention_heads": 16, "attention_head_dim": 64},
+    "774m": {"num_layers": 18, "num_attention_heads": 24, "attention_head_dim": 64},
+}

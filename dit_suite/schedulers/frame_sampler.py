@@ -1,0 +1,230 @@
+"""Sampling a clip frame by frame: which passes are run, what the cache holds, which noise each frame gets.
+
+Every random number of frame k is a function of (base seed, k): initial noise, re-noising draws and context noise. A
+frame that is drafted, discarded and drafted again therefore meets the same noise, and results do not depend on what was
+drafted before.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dit_suite.models.nfd import NFDTransformer3DModel
+from dit_suite.options import Options, option
+from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.schedulers.trigflow import FrameFlowScheduler, TrigFlowScheduler
+
+CONTEXT_MODES = ("rolling", "recompute", "none")
+
+
+@dataclass(frozen=True)
+class FrameSamplerOptions(Options):
+    """How frames are sampled."""
+
+    num_inference_steps: int = option(2, "denoising passes per frame", minimum=1, maximum=1000)
+    context_noise: float = option(0.05, "noise level of finished frames in the context", minimum=0.0, maximum=0.5)
+    context_mode: str = option(
+        "rolling",
+        "cache finished frames (rolling), encode the window anew for every frame (recompute) or pass (none)",
+        choices=CONTEXT_MODES,
+    )
+    fuse_write: bool = option(True, "store a finished frame during the next frame's first pass")
+
+
+@dataclass
+class PassCounts:
+    """What has been run, in passes and in frames per pass."""
+
+    denoise_passes: int = 0
+    denoise_frames: int = 0
+    write_passes: int = 0
+    written_frames: int = 0
+
+
+class FrameNoise:
+    """Standard normal noise by absolute frame index, for one or several clips.
+
+    Args:
+        base_seeds: one per clip.
+        frame_shape: (channels, height, width).
+    """
+
+    def __init__(self, base_seeds: Sequence[int], frame_shape: tuple[int, int, int]):
+        self.base_seeds, self.frame_shape = tuple(base_seeds), frame_shape
+
+    def _draw(self, purpose: str, frame: int) -> torch.Tensor:
+        rows = []
+        for base in self.base_seeds:
+            digest = hashlib.blake2b(f"{base}/{frame}/{purpose}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            rows.append(torch.randn(self.frame_shape, generator=generator))
+        return torch.stack(rows)
+
+    def _frames(self, purpose: str, first: int, count: int) -> torch.Tensor:
+        return torch.stack([self._draw(purpose, first + i) for i in range(count)], dim=2)
+
+    def initial(self, first: int, count: int) -> torch.Tensor:
+        """Starting noise of frames `first ...`, `(batch, channels, count, height, width)`."""
+        return self._frames("initial", first, count)
+
+    def renoise(self, first: int, count: int, step: int) -> torch.Tensor:
+        """Noise added after step `step`."""
+        return self._frames(f"step{step}", first, count)
+
+    def context(self, first: int, count: int) -> torch.Tensor:
+        """Noise that a finished frame carries as context."""
+        return self._frames("context", first, count)
+
+
+class FrameSampler:
+    """Holds a growing clip and samples the frames that follow it.
+
+    The last frame of the clip is not in the cache yet: it is written together with the next frame's first pass, or in a
+    pass of its own when `fuse_write` is off. `draft` adds nothing to the clip; `append` does, and `rollback` takes back.
+
+    Args:
+        transformer: the network.
+        scheduler: consistency or flow sampler (its timesteps are set here).
+        options: see `FrameSamplerOptions`.
+        base_seeds: one seed per clip; their number is the batch size.
+        draft_frames: most frames that will be drafted, or run ahead of what is committed, at once.
+    """
+
+    def __init__(
+        self,
+        transformer: NFDTransformer3DModel,
+        scheduler: TrigFlowScheduler | FrameFlowScheduler,
+        options: FrameSamplerOptions,
+        base_seeds: Sequence[int],
+        draft_frames: int = 1,
+    ):
+        config = transformer.config
+        shape = (config.in_channels, config.sample_height, config.sample_width)
+        self.transformer, self.scheduler, self.options = transformer, scheduler, options
+        self.noise = FrameNoise(base_seeds, shape)
+        self.cache = transformer.new_cache(len(base_seeds), draft_frames)
+        self.draft_frames = draft_frames
+        self.counts = PassCounts()
+        self.num_frames = 0
+        self._frames: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        scheduler.set_timesteps(options.num_inference_steps)
+        self.timesteps = [float(t) for t in scheduler.timesteps]
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.noise.base_seeds)
+
+    def append(self, frame: torch.Tensor, action: torch.Tensor) -> None:
+        """Adds a finished frame `(batch, channels, height, width)` and the action `(batch, num_actions)` to it."""
+        device, dtype = self.transformer.device, self.transformer.dtype
+        self._frames[self.num_frames] = frame.to(device, dtype), action.to(device, dtype)
+        self.num_frames += 1
+        self._frames.pop(self.num_frames - 1 - self.transformer.config.window - self.draft_frames, None)
+
+    def extend(self, frames: torch.Tensor, actions: torch.Tensor) -> None:
+        """Adds given frames `(batch, channels, count, height, width)` with actions `(batch, count, num_actions)`.
+
+        A clip that starts with more frames than fit the window starts with the last ones.
+        """
+        if not self.num_frames:
+            skipped = max(0, frames.shape[2] - max(1, self.transformer.config.window - 1))
+            self.num_frames = skipped
+            self.cache.reset(skipped)
+            frames, actions = frames[:, :, skipped:], actions[:, skipped:]
+        for i in range(frames.shape[2]):
+            self.append(frames[:, :, i], actions[:, i])
+
+    def rollback(self, num_frames: int) -> None:
+        """Takes back frames until `num_frames` are left; the last one becomes unwritten, as if never built upon.
+
+        Raises:
+            ValueError: the clip is shorter, or a frame needed for it has been forgotten.
+        """
+        if num_frames > self.num_frames or self.num_frames - num_frames > self.draft_frames:
+            raise ValueError(f"a clip of {self.num_frames} frames cannot be rolled back to {num_frames}")
+        for frame in range(num_frames, self.num_frames):
+            del self._frames[frame]
+        self.num_frames = num_frames
+        self.cache.truncate(min(self.cache.length, max(num_frames - 1, 0)))
+
+    def _context(self, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames `first ..` of the clip with context noise, and their actions."""
+        count, level = self.num_frames - first, self.options.context_noise
+        frames = torch.stack([self._frames[first + i][0] for i in range(count)], dim=2)
+        actions = torch.stack([self._frames[first + i][1] for i in range(count)], dim=1)
+        noise = self.noise.context(first, count).to(frames)
+        return (1.0 - level) * frames + level * noise, actions
+
+    def _forget_cache(self) -> None:
+        first = max(0, self.num_frames - self.transformer.config.window + 1, min(self._frames, default=0))
+        self.cache.reset(first)
+
+    def _pass(self, sample: torch.Tensor, level: float, actions: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """One network evaluation of the new frames, with the unwritten frames in front where there are any."""
+        first, count = self.cache.length, self.num_frames - self.cache.length
+        batch, num_new = sample.shape[0], sample.shape[2]
+        levels = torch.full((batch, num_new), level, device=sample.device)
+        hidden = sample
+        if count:
+            context, context_actions = self._context(first)
+            hidden = torch.cat([context, sample], dim=2)
+            actions = torch.cat([context_actions, actions], dim=1)
+            levels = torch.cat([levels.new_full((batch, count), self.options.context_noise), levels], dim=1)
+        with publish_step(step):
+            out = self.transformer(
+                hidden, levels, actions, first_frame=first, kv_cache=self.cache, num_written=count, return_dict=False
+            )[0]
+        self.counts.written_frames += count
+        self.counts.denoise_passes += 1
+        self.counts.denoise_frames += num_new
+        return out[:, :, count:]
+
+    def _write(self, run: Run) -> None:
+        """Stores the unwritten frames in a pass of their own."""
+        first, count = self.cache.length, self.num_frames - self.cache.length
+        if not count:
+            return
+        context, actions = self._context(first)
+        level = self.options.context_noise
+        levels = torch.full((self.batch_size, count), level, device=context.device)
+        with publish_step(StepContext(0, len(self.timesteps), level, run=run, extras={"write": True})):
+            self.transformer(context, levels, actions, first_frame=first, kv_cache=self.cache, num_written=count)
+        self.counts.write_passes += 1
+        self.counts.written_frames += count
+
+    @torch.no_grad()
+    def draft(self, actions: torch.Tensor) -> torch.Tensor:
+        """Samples the next frames together, all at the same noise level at any time.
+
+        Args:
+            actions: `(batch, count, num_actions)`, the actions that lead to the new frames.
+
+        Returns:
+            Frames `(batch, channels, count, height, width)`; the clip stays as it is.
+
+        Raises:
+            ValueError: more frames are asked for than `draft_frames`.
+        """
+        count = actions.shape[1]
+        if not 1 <= count <= self.draft_frames:
+            raise ValueError(f"between 1 and {self.draft_frames} frames can be drafted, got {count}")
+        device, dtype = self.transformer.device, self.transformer.dtype
+        actions, first, run = actions.to(device, dtype), self.num_frames, Run()
+        if self.options.context_mode != "rolling":
+            self._forget_cache()
+        if not self.options.fuse_write:
+            self._write(run)
+        sample = self.noise.initial(first, count).to(device, dtype) * self.scheduler.init_noise_sigma
+        for index, timestep in enumerate(self.timesteps):
+            if index and self.options.context_mode == "none":
+                self._forget_cache()
+            step = StepContext(index, len(self.timesteps), timestep, run=run, extras={"frame": first})
+            hidden = self.scheduler.scale_model_input(sample, timestep)
+            velocity = self._pass(hidden, self.scheduler.noise_level(timestep), actions, step)
+            noise = None
+            if index + 1 < len(self.timesteps):
+                noise = self.noise.renoise(first, count, index).to(device, dtype)
+            sample = self.scheduler.step(velocity, timestep, sample, noise=noise).prev_sample
+        return sample
