@@ -17,8 +17,8 @@ from dit_suite.attention.merge import accumulation_dtype, attention_with_lse
 class PairLists:
     """Which query rows chose which key block.
 
-    A row is `(sample * heads + head) * tokens + token`, an expert `(sample * heads + head) * blocks + block`; tokens are
-    numbered in block order.
+    A row is `(sample * heads + head) * tokens + token`, an expert `(sample * heads + head) * blocks + block`; tokens
+    are numbered in block order.
 
     Attributes:
         rows: int64 `(pairs,)`, sorted by expert and then by token.

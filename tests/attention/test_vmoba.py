@@ -17,7 +17,7 @@ GRID = (4, 6, 6)
 ONLY_3D = {"cycle": (0, 0, 1), "block_3d": (2, 3, 3)}
 
 
-def _qkv(batch=1, heads=2, tokens=math.prod(GRID), dim=8, seed=0, dtype=torch.float32):
+def _qkv(batch=1, heads=2, tokens=144, dim=8, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, heads, tokens, dim, generator=generator, dtype=dtype) for _ in range(3)]
 
