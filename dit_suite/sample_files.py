@@ -80,16 +80,15 @@ class SampleFolder:
         """Makes what is missing of the samples 0 .. num_samples - 1, sharing the batches between the processes.
 
         Raises:
-            ValueError: `num_samples` is not positive.
+            ValueError: `num_samples` is not positive, or the folder holds numbered files but no `run.json`.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
         state = distributed_state()
         mine = batches(num_samples, self.job.batch_size)[state.process_index :: state.num_processes]
         missing = [batch for batch in mine if not all(self.path(i).is_file() for i in batch)]
-        if state.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.job.to_dict(), self.folder / "run.json")
+        if not (self.folder / "run.json").is_file() and self.path(0).is_file():
+            raise ValueError(f"{self.folder} holds {self.path(0).name} but no run.json; choose an empty folder")
         if missing:
             self._make(missing, device or state.device, show_progress=state.is_main_process)
         state.wait_for_everyone()
@@ -103,6 +102,8 @@ class SampleFolder:
 
         pipe = open_job(self.job, device=device)
         pipe.set_progress_bar_config(disable=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.job.to_dict(), self.folder / "run.json")
         with tqdm(total=sum(map(len, todo)), unit="sample", disable=not show_progress) as bar:
             for batch in todo:
                 indices = list(batch)

@@ -1,0 +1,194 @@
+"""scripts/sample.py: equal samples however the work is cut, resuming after a kill, and refusals."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts.sample import main
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PROMPTS = ["red apple", "green cat", "blue sun"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def arguments(model, output, *more, num_samples=7, batch_size=2):
+    return [
+        "--model", str(model), "--prompts", *PROMPTS, "--num-samples", str(num_samples),
+        "--batch-size", str(batch_size), "--num-inference-steps", "3", "--seed", "11", "--device", "cpu", "--output", str(output), *more,
+    ]  # fmt: skip
+
+
+def pixels(folder, count=7):
+    return np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(count)])
+
+
+@pytest.fixture(scope="module")
+def reference(model, tmp_path_factory):
+    """The same run in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    assert main(arguments(model, folder, "--npz", "--sheet")) == 0
+    return folder
+
+
+def test_npz_has_the_adm_layout(reference):
+    with np.load(reference / "samples_7x8x8x3.npz") as file:
+        assert file.files == ["arr_0"]
+        array = file["arr_0"]
+    assert array.dtype == np.uint8 and array.flags.c_contiguous
+    assert np.array_equal(array, pixels(reference))
+    assert len(np.unique(array.reshape(7, -1), axis=0)) == 7
+
+
+def test_another_batch_size_changes_a_pixel_by_one_level_at_most(model, reference, tmp_path):
+    assert main(arguments(model, tmp_path, batch_size=5)) == 0
+    assert np.abs(pixels(tmp_path).astype(int) - pixels(reference)).max() <= 1
+
+
+def test_from_image_makes_the_same_pixels(reference, tmp_path):
+    for index in (2, 6):
+        assert (
+            main(["--from-image", str(reference / f"{index:06d}.png"), "--output", str(tmp_path), "--device", "cpu"])
+            == 0
+        )
+        assert (tmp_path / f"{index:06d}.png").read_bytes() == (reference / f"{index:06d}.png").read_bytes()
+
+
+def test_no_metadata(model, tmp_path):
+    assert main(arguments(model, tmp_path, "--no-metadata", num_samples=1)) == 0
+    assert Image.open(tmp_path / "000000.png").info == {}
+
+
+def launch(command, **kwargs):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def accelerate_launch(count, *more):
+    port = str(29500 + os.getpid() % 400)
+    return [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count), "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "scripts/sample.py", *more,
+    ]  # fmt: skip
+
+
+def wait_for_files(folder, count, process):
+    deadline = time.monotonic() + 240
+    while len(list(folder.glob("0*.png"))) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_killed_and_started_again(model, reference, tmp_path):
+    """SIGKILL in mid-run, then the same command: the same npz, no half files, and finished samples are kept."""
+    command = [sys.executable, "scripts/sample.py", *arguments(model, tmp_path, "--npz", num_samples=7)]
+    process = launch(command)
+    wait_for_files(tmp_path, 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob("0*.png")}
+    for path in kept:
+        Image.open(path).load()
+    assert main(command[2:]) == 0
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in kept.items())
+    assert (tmp_path / "samples_7x8x8x3.npz").read_bytes() == (reference / "samples_7x8x8x3.npz").read_bytes()
+
+
+def test_two_processes_one_killed_then_resumed(model, reference, tmp_path):
+    """Two gloo ranks; one dies; three ranks finish the folder: the same bytes as one process."""
+    many = arguments(model, tmp_path, num_samples=400)
+    process = launch(accelerate_launch(2, *many), start_new_session=True)
+    wait_for_files(tmp_path, 4, process)
+    ranks = subprocess.run(
+        ["pgrep", "-g", str(process.pid), "-f", "scripts/sample.py"], capture_output=True, text=True
+    ).stdout.split()
+    workers = [int(pid) for pid in ranks if int(pid) != process.pid]
+    os.kill(workers[-1], signal.SIGKILL)
+    process.communicate(timeout=240)
+    assert process.returncode != 0
+    for path in tmp_path.glob("0*.png"):
+        Image.open(path).load()
+    again = launch(accelerate_launch(3, *arguments(model, tmp_path, "--npz")))
+    _, errors = again.communicate(timeout=240)
+    assert again.returncode == 0, errors
+    digests = [hashlib.sha256((f / "samples_7x8x8x3.npz").read_bytes()).hexdigest() for f in (tmp_path, reference)]
+    assert digests[0] == digests[1]
+
+
+def test_other_options_in_the_same_folder_are_refused(model, reference, capsys):
+    before = {p.name: p.stat().st_mtime_ns for p in reference.iterdir()}
+    assert main([*arguments(model, reference), "--guidance-scale", "9"]) == 2
+    assert "holds samples made with another options" in capsys.readouterr().err
+    assert {p.name: p.stat().st_mtime_ns for p in reference.iterdir()} == before
+
+
+def test_more_samples_continue_the_folder(model, tmp_path):
+    assert main(arguments(model, tmp_path, num_samples=2)) == 0
+    first = (tmp_path / "000001.png").read_bytes()
+    assert main(arguments(model, tmp_path, num_samples=4)) == 0
+    assert len(list(tmp_path.glob("0*.png"))) == 4 and (tmp_path / "000001.png").read_bytes() == first
+    assert json.loads((tmp_path / "run.json").read_text())["conditions"] == PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--num-samples", "0"], "num_samples must be at least 1, got 0"),
+        (["--num-inference-steps", "0"], "num_inference_steps must be between 1 and 1000, got 0"),
+        (["--batch-size", "-1"], "batch_size must be at least 1, got -1"),
+        (["--seed", "-5"], "seed must be between"),
+        (["--scheduler", "ddim"], "DDIMScheduler can't integrate"),
+        (["--scheduler", "fast"], "scheduler must be one of"),
+        (["--accelerate", "warp"], "there is no acceleration 'warp'"),
+        (["--model", "nowhere"], "there is no checkpoint 'nowhere'"),
+    ],
+)
+def test_bad_input_gets_one_sentence(model, tmp_path, capsys, more, message):
+    assert main([*arguments(model, tmp_path / "out"), *more]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_foreign_pictures_is_refused(model, reference, tmp_path, capsys):
+    (tmp_path / "000000.png").write_bytes((reference / "000000.png").read_bytes())
+    assert main(arguments(model, tmp_path)) == 2
+    assert "but no run.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "", "\n \n"])
+def test_prompt_files(model, tmp_path, capsys, content):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_text(content)
+    assert main(["--model", str(model), "--prompts-file", str(path), "--output", str(tmp_path / "out")]) == 2
+    assert "prompts.txt" in capsys.readouterr().err
+
+
+def test_missing_sample_stops_the_npz(model, tmp_path, reference):
+    from dit_suite.sample_files import SampleFolder
+    from scripts.sample import job_from_arguments
+
+    _, job, _ = job_from_arguments(arguments(model, tmp_path))
+    with pytest.raises(ValueError, match="sample 0 is missing"):
+        SampleFolder(tmp_path, job).write_npz(7)
+
+
+def test_help_lists_the_options_of_a_pipeline(capsys):
+    assert main(["--pipeline", "pixart", "--help"]) == 0
+    assert "--guidance-scale" in capsys.readouterr().out

@@ -1,0 +1,95 @@
+"""Tiny real components with fixed random weights, for tests only."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
+from dit_suite.pipelines.pipeline_text_to_image import TextToImagePipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+WORDS = ("red", "green", "blue", "apple", "sun", "cat", "flat", "style", ",")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over `WORDS`."""
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def tiny_text_encoder(width: int = 16) -> BertModel:
+    """A one-layer BERT."""
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=32,
+    )
+    return BertModel(config).eval()
+
+
+def tiny_vae() -> AutoencoderKL:
+    """A two-level VAE with a factor of 2 and 4 latent channels."""
+    torch.manual_seed(2)
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        sample_size=16,
+    ).eval()
+
+
+def tiny_pixart(channels: int = 3, out_channels: int | None = None, sample_size: int = 8) -> PixArtTransformer2DModel:
+    """A two-layer PixArt whose zero-initialised parts are made random, so that text and time matter."""
+    torch.manual_seed(3)
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=channels,
+        out_channels=out_channels or channels,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=sample_size,
+        patch_size=2,
+        caption_channels=16,
+        use_additional_conditions=False,
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def tiny_text_to_image(vae: bool = False, **changes: Any) -> TextToImagePipeline:
+    """A complete text-to-image pipeline of about 20,000 parameters, 8x8 pixels (16x16 with a VAE)."""
+    components = {
+        "transformer": tiny_pixart(channels=4 if vae else 3),
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "text_encoder": tiny_text_encoder(),
+        "tokenizer": tiny_tokenizer(),
+        "vae": tiny_vae() if vae else None,
+        "prediction_type": "flow_prediction",
+        "max_sequence_length": 8,
+    }
+    pipe = TextToImagePipeline(**components | changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_tiny(folder: Path, **changes: Any) -> Path:
+    """A saved `tiny_text_to_image`."""
+    tiny_text_to_image(**changes).save_pretrained(folder)
+    return folder
