@@ -81,8 +81,8 @@ class FrameNoise:
 class FrameSampler:
     """Holds a growing clip and samples the frames that follow it.
 
-    The last frame of the clip is not in the cache yet: it is written together with the next frame's first pass, or in a
-    pass of its own when `fuse_write` is off. `draft` adds nothing to the clip; `append` does, and `rollback` takes back.
+    The last frame of the clip is not in the cache yet: it is written together with the next frame's first pass, or in
+    a pass of its own when `fuse_write` is off. `draft` adds nothing to the clip; `append` does, `rollback` takes back.
 
     Args:
         transformer: the network.

@@ -2,8 +2,8 @@
 
 The network always predicts the velocity `v = noise - x0` of a rectified flow at a noise level `s` in [0, 1]. TrigFlow
 (Lu and Song, "Simplifying, stabilizing and scaling continuous-time consistency models", section 3) is another
-parametrisation of the same path, and the change of variables is exact, so a flow teacher and its consistency student are
-one architecture and differ in the sampler only.
+parametrisation of the same path, and the change of variables is exact, so a flow teacher and its consistency student
+are one architecture and differ in the sampler only.
 
 Trigonometric time t runs over [0, pi/2]; `x_t = cos(t) x0 + sin(t) z` with `z ~ N(0, sigma_data^2)`.
 """
