@@ -88,7 +88,7 @@ class DiTModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheM
     _supports_gradient_checkpointing = True
     _no_split_modules = ["AdaLNZeroBlock"]
     _repeated_blocks = ["AdaLNZeroBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "time_embed", "norm"]
 
     @register_to_config
     def __init__(

@@ -114,7 +114,7 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
     _supports_gradient_checkpointing = True
     _no_split_modules = ["AdaLNZeroBlock", "TimestepRouter"]
     _repeated_blocks = ["AdaLNZeroBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "gate"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "time_embed", "norm", "gate"]
 
     @register_to_config
     def __init__(
