@@ -6,6 +6,7 @@ table is the null class.
 """
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import get_timestep_embedding
@@ -191,6 +192,12 @@ class AdaLNZeroBlock(nn.Module):
         hidden_states = hidden_states + gate_attn[:, None] * attended
         normed = modulate(self.norm2(hidden_states), shift_ff, scale_ff)
         return hidden_states + gate_ff[:, None] * self.ff(normed)
+
+
+# diffusers' own block caches (FirstBlockCache and others) look a block up here.
+TransformerBlockRegistry.register(
+    AdaLNZeroBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+)
 
 
 class AdaLNFinalLayer(nn.Module):

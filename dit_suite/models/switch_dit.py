@@ -9,7 +9,7 @@ Baselines in the same class: `routing="channels"` is DTR (a fixed window of chan
 """
 
 import torch
-from diffusers import CacheMixin, ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -92,7 +92,7 @@ class TimestepRouter(nn.Module):
         return mixed
 
 
-class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """Switch-DiT, DTR or plain DiT, class-conditional; the interface is that of `dit_suite.models.dit.DiTModel`.
 
     Args:

@@ -295,16 +295,20 @@ def test_adapters(case: ModelCase, model: Module, tmp_path: Path) -> None:
 
 
 @every_model
-def test_cache_support_is_what_the_class_says(case: ModelCase, model: Module) -> None:
+def test_a_class_with_cache_support_runs_diffusers_block_cache(case: ModelCase, model: Module) -> None:
     if not isinstance(model, CacheMixin):
         pytest.skip("the class announces no cache")
+    reference = run(model, case)
     model = copy.deepcopy(model)
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
     with model.cache_context("cond"):
-        reference = run(model, case)
-    with pytest.raises(ValueError, match="not supported"):
-        model.enable_cache(object())
-    assert not model.is_cache_enabled
-    assert FirstBlockCacheConfig and torch.equal(run(model, case), reference)
+        assert torch.equal(run(model, case), reference)
+        torch.testing.assert_close(run(model, case), reference, atol=1e-4, rtol=1e-4)
+    model._reset_stateful_cache()
+    with model.cache_context("cond"):
+        assert torch.equal(run(model, case), reference)
+    model.disable_cache()
+    assert not model.is_cache_enabled and torch.equal(run(model, case), reference)
 
 
 def test_every_registered_network_has_a_case() -> None:
