@@ -1,0 +1,78 @@
+"""Parquet files and folders that appear whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _temporary(path)
+    part.write_text(text, "utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON with sorted keys."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, about: Mapping[str, str]) -> None:
+    """Writes rows as one zstd parquet file; `about` goes into the file's metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata(dict(about)))
+    part = _temporary(path)
+    pq.write_table(table, part, compression="zstd", row_group_size=512)
+    os.replace(part, path)
+
+
+def table_metadata(path: Path) -> dict[str, str]:
+    """The `about` of a file that `write_table` wrote."""
+    stored = pq.read_schema(path).metadata or {}
+    return {key.decode(): value.decode() for key, value in stored.items() if not key.startswith(b"ARROW")}
+
+
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """All rows, or the chosen columns of them.
+
+    Raises:
+        ValueError: not a readable parquet file, or a column is absent.
+    """
+    try:
+        present = pq.read_schema(path).names
+        absent = [name for name in columns or () if name not in present]
+        if absent:
+            raise ValueError(f"{path} has no column {absent[0]!r}; it holds {', '.join(present)}")
+        return pq.read_table(path, columns=None if columns is None else list(columns)).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _temporary(path)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        if path.exists():
+            os.replace(path, old)
+        os.replace(part, path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""From a config to objects: the network, its processes, the optimizer, the pipeline that saves it."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from dit_suite.registry import TECHNIQUES, acceleration, resolve, technique
+from dit_suite.training.config import OptimizerSection, Part, RunSection, TrainConfig
+
+
+def find_class(name: str) -> type:
+    """A registry name, `module:Class`, or the name of a diffusers class.
+
+    Raises:
+        ValueError: nothing is called that.
+    """
+    for row in TECHNIQUES:
+        if row.name == name:
+            return row.model_class()
+    if ":" in name:
+        try:
+            return resolve(name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{name!r} can't be imported: {error}") from None
+    found = getattr(diffusers, name, None)
+    if not isinstance(found, type):
+        names = ", ".join(row.name for row in TECHNIQUES)
+        raise ValueError(f"{name!r} is no class of diffusers, no module:Class, and none of {names}")
+    return found
+
+
+def construct(part: Part) -> Any:
+    """Calls the class with its options; an option that it does not take is a `ValueError`."""
+    cls = find_class(part.name)
+    known = inspect.signature(cls.__init__).parameters
+    for key in part.options:
+        if key not in known:
+            accepted = ", ".join(name for name in known if name != "self")
+            raise ValueError(f"{part.name} has no option {key!r}; it accepts {accepted}")
+    return cls(**part.options)
+
+
+def build_network(config: TrainConfig) -> torch.nn.Module:
+    """The network in training mode: new weights from the seed, or those of `init_from`.
+
+    Raises:
+        ValueError: unknown class or option, or the weights do not fit.
+        FileNotFoundError: `init_from` is not a folder.
+    """
+    torch.manual_seed(config.run.seed)
+    network = construct(config.model)
+    if config.init_from:
+        folder = Path(config.init_from)
+        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        if not folder.is_dir():
+            raise FileNotFoundError(f"init_from: there is no folder {folder}")
+        stored = type(network).from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        missing, unexpected = network.load_state_dict(stored.state_dict(), strict=False)
+        if missing or unexpected:
+            first = (missing or unexpected)[0]
+            raise ValueError(f"the weights in {folder} do not fit {config.model.name}: {first}")
+    if config.run.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    return network.train()
+
+
+def attach_attention(config: TrainConfig, network: torch.nn.Module) -> Any:
+    """Applies the attention plug-in that the config names; returns its handle or None."""
+    if config.attention is None or config.attention.name == "none":
+        return None
+    row = acceleration(config.attention.name)
+    return row.apply_to(network, row.config_class().from_dict(config.attention.options))
+
+
+def make_accelerator(run: RunSection) -> Accelerator:
+    """Processes, devices and autocast."""
+    ddp = DistributedDataParallelKwargs(
+        find_unused_parameters=run.find_unused_parameters, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    accelerator = Accelerator(mixed_precision=run.precision, kwargs_handlers=[ddp])
+    share = run.batch_size // run.accumulation
+    if share % accelerator.num_processes:
+        raise ValueError(
+            f"a micro-batch of {share} samples can't be shared by {accelerator.num_processes} processes: "
+            "choose batch_size divisible by accumulation x processes"
+        )
+    return accelerator
+
+
+def spread(network: torch.nn.Module, run: RunSection, accelerator: Accelerator) -> torch.nn.Module:
+    """The network on its device, compiled when asked, wrapped for the processes.
+
+    "fsdp" is FSDP2: `fully_shard` on every block that the network lists in `_no_split_modules`, then on the whole.
+    """
+    network = network.to(accelerator.device)
+    if run.parallel == "fsdp" and accelerator.num_processes > 1:
+        policy = MixedPrecisionPolicy()
+        if run.precision == "bf16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        mesh = torch.distributed.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        blocks = tuple(getattr(network, "_no_split_modules", None) or ())
+        for module in list(network.modules()):
+            if type(module).__name__ in blocks:
+                if run.compile:
+                    module.compile()
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+        return fully_shard(network, mesh=mesh, mp_policy=policy)
+    if run.compile:
+        network.compile()
+    if accelerator.num_processes == 1:
+        return network
+    return accelerator.prepare_model(network)
+
+
+def unwrap(network: torch.nn.Module) -> torch.nn.Module:
+    """The network itself, without DDP around it."""
+    return network.module if isinstance(network, torch.nn.parallel.DistributedDataParallel) else network
+
+
+def make_optimizer(network: torch.nn.Module, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; with `decay_matrices_only` one-dimensional tensors get no weight decay."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1 or not section.decay_matrices_only]
+    others = [p for p in trained if not (p.ndim > 1 or not section.decay_matrices_only)]
+    groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=section.lr,
+        betas=(section.beta1, section.beta2),
+        eps=section.eps,
+        fused=device.type == "cuda",
+    )
+
+
+def make_pipeline(config: TrainConfig, network: torch.nn.Module) -> Any:
+    """The registry's pipeline around the network; `config.pipeline` holds further constructor arguments."""
+    cls = technique(config.technique).pipeline_class()
+    given = {"transformer": network, "scheduler": construct(config.scheduler), **config.pipeline}
+    known = inspect.signature(cls.__init__).parameters
+    for key in config.pipeline:
+        if key not in known:
+            raise ValueError(f"pipeline: {cls.__name__} takes no {key!r}")
+    return cls(**{key: value for key, value in given.items() if key in known})

@@ -1,0 +1,81 @@
+"""The trained pipeline as a folder that `load_pipeline` opens, and sample grids on the way."""
+
+import dataclasses
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.utils import make_grid
+
+from dit_suite.checkpoints import SHARD_SIZE
+from dit_suite.data.labels import FILE_NAME as LABEL_FILE
+from dit_suite.data.labels import LabelTable
+from dit_suite.data.tables import replacing_folder, write_json
+from dit_suite.schedulers.generators import sample_generators
+from dit_suite.training.build import construct, make_pipeline
+from dit_suite.training.config import TrainConfig
+
+
+def export(config: TrainConfig, tensors: dict[str, torch.Tensor], target: Path, about: dict[str, Any]) -> Path:
+    """Writes the pipeline with these weights (safetensors in small shards) and `training.json` with the config.
+
+    Args:
+        config: of the run.
+        tensors: whole state dict of the network.
+        target: folder to write; replaced as a whole.
+        about: steps, losses and the like.
+    """
+    fresh = construct(dataclasses.replace(config.model))
+    fresh.load_state_dict(tensors)
+    pipe = make_pipeline(config, fresh.eval())
+    with replacing_folder(target) as folder:
+        pipe.save_pretrained(folder, max_shard_size=SHARD_SIZE, safe_serialization=True)
+        write_json(folder / "training.json", {"config": config.to_dict(), **about})
+        data = Path(config.data.path)
+        if config.data.path and (data / LABEL_FILE).is_file():
+            LabelTable.load(data).save(folder)
+    return target
+
+
+def as_grid(samples: Any) -> torch.Tensor:
+    """Pictures `(count, 3, height, width)`, or clips `(count, frames, 3, height, width)` with one row per clip."""
+    if isinstance(samples, np.ndarray):
+        samples = torch.from_numpy(samples)
+        samples = samples.movedim(-1, -3)
+    samples = samples.detach().float().cpu().clamp(0, 1)
+    columns = samples.shape[1] if samples.ndim == 5 else max(1, int(len(samples) ** 0.5 + 0.999))
+    flat = samples.flatten(0, 1) if samples.ndim == 5 else samples
+    return (make_grid(flat, nrow=columns, padding=2, pad_value=1.0) * 255).round().to(torch.uint8)
+
+
+def preview(config: TrainConfig, network: torch.nn.Module, conditions: dict[str, Any]) -> torch.Tensor:
+    """A grid of samples, uint8 (3, height, width), with the network as it is; sample i has seed + i."""
+    pipe = make_pipeline(config, network)
+    pipe.set_progress_bar_config(disable=True)
+    count = config.run.preview_count
+    wanted = {
+        **conditions,
+        "num_inference_steps": config.run.preview_steps,
+        "guidance_scale": config.run.preview_guidance,
+        "num_frames": config.data.frames,
+        "generator": sample_generators(config.run.seed, range(count)),
+        "output_type": "pt",
+        "return_dict": False,
+    }
+    known = inspect.signature(type(pipe).__call__).parameters
+    if not conditions:
+        wanted["batch_size"] = count
+    samples = pipe(**{key: value for key, value in wanted.items() if key in known})[0]
+    return as_grid(samples)
+
+
+def save_picture(path: Path, grid: torch.Tensor) -> None:
+    """Writes a grid as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}")
+    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(part, "PNG")
+    os.replace(part, path)
