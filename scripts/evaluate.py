@@ -1,0 +1,173 @@
+"""Scores samples against real ones: one JSON line, with N, intervals and the real-versus-real floor.
+
+    python scripts/evaluate.py --samples outputs/run --reference emoji64-heldout --metrics fd,kid
+    python scripts/evaluate.py --samples fast --baseline slow --reference emoji64-heldout --metrics fd,kid,psnr,ssim
+    python scripts/evaluate.py --samples a.npz --reference b.npz --metrics fid50k,is --features inception
+    accelerate launch --num_processes 2 scripts/evaluate.py --generate --pipeline pixart --prompts-file prompts.txt \\
+        --num-samples 1000 --reference emoji64-heldout --metrics kid
+    python scripts/evaluate.py --samples DATA.parquet:train --save-statistics train.npz --compact
+
+Each side is a folder of pictures, an npz with `arr_0`, DATA.parquet[:split[+split]], or a statistics file (which has no
+pictures, so no per-pair metrics). With --generate, flags that are not listed here go to sample.py's parser.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dit_suite.evaluation.options import EvaluationOptions
+
+SHARED_FLAGS = ("num_samples", "device")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of everything but sample.py's own flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    sides = parser.add_argument_group("what is compared")
+    sides.add_argument("--samples", help="the run to score")
+    sides.add_argument("--generate", action="store_true", help="make the samples now, with sample.py's flags")
+    sides.add_argument("--reference", help="real samples, or the name of bundled statistics (--list-references)")
+    sides.add_argument("--baseline", help="another run of the same seeds: per-pair metrics and a paired verdict")
+    sides.add_argument("--train-set", help="training samples: nearest-neighbour distances (memorisation)")
+    sides.add_argument("--floor", default="auto", help="auto (split the reference), none, or other real samples")
+    sides.add_argument("--num-samples", type=int, help="samples to make, or the number the run must hold")
+    sides.add_argument("--clips", action="store_true", help="folders hold clips instead of pictures")
+    sides.add_argument("--list-references", action="store_true", help="print the bundled statistics and stop")
+    how = parser.add_argument_group("how")
+    how.add_argument("--metrics", default="fd,kid", help="fd/fid/fvd sfd/sfid is kid precision recall density coverage "
+                     "mmd/cmmd psnr ssim perceptual lpips, comma-separated (default: fd,kid)")  # fmt: skip
+    how.add_argument("--features", default="enet-lite0", help="enet-lite0 (default), inception, dinov2:PATH, "
+                     "clip:PATH, torchscript:FILE, i3d:FILE, random-conv")  # fmt: skip
+    how.add_argument(
+        "--inception-weights", help="weights-inception-2015-12-05-6726825d.pth; nothing is downloaded then"
+    )
+    how.add_argument("--foreign-statistics", type=int, metavar="N",
+                     help="accept a mu/sigma file without provenance, made from N images")  # fmt: skip
+    how.add_argument("--device", help="default: the GPU of this process, if there is one")
+    how.add_argument("--bpd", metavar="CHECKPOINT", help="bits per dimension of --samples under a flow checkpoint")
+    EvaluationOptions.add_arguments(parser.add_argument_group("settings"))
+    out = parser.add_argument_group("output")
+    out.add_argument("--output", type=Path, metavar="FILE.jsonl", help="also append the JSON line to this file")
+    out.add_argument("--save-statistics", type=Path, metavar="FILE.npz", help="write the statistics of the samples")
+    out.add_argument("--compact", action="store_true", help="statistics in float32, features in float16")
+    return parser
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Any]:
+    """The evaluation's arguments and, with --generate, the sampling job."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if not args.generate:
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)} (sampling flags need --generate)")
+        return args, None
+    if args.samples:
+        raise ValueError("give --samples or --generate, not both")
+    shared = [part for name in SHARED_FLAGS if getattr(args, name) is not None
+              for part in ("--" + name.replace("_", "-"), str(getattr(args, name)))]  # fmt: skip
+    from scripts.sample import job_from_arguments
+
+    _, job, indices = job_from_arguments([*rest, *shared, f"--output={os.devnull}"])
+    if indices is not None:
+        raise ValueError("--from-image belongs to sample.py, not to --generate")
+    args.num_samples = args.num_samples if args.num_samples is not None else len(job.conditions)
+    return args, job
+
+
+def open_side(text: str | None, args: argparse.Namespace, expected: int | None = None) -> Any:
+    """A source or a feature set from what the user wrote; None stays None."""
+    from dit_suite.evaluation.reference import bundled_references
+    from dit_suite.evaluation.sources import is_statistics_file, open_source
+    from dit_suite.evaluation.statistics import load_feature_set
+
+    if text is None:
+        return None
+    bundled = bundled_references()
+    path = bundled[text] if text in bundled and not Path(text).exists() else text
+    if is_statistics_file(path):
+        foreign = args.foreign_statistics
+        return load_feature_set(path, accept_foreign=foreign is not None, foreign_count=foreign)
+    return open_source(path, expected, args.clips)
+
+
+def open_inputs(args: argparse.Namespace, job: Any, state: Any) -> Any:
+    """Every side that the arguments name, checked."""
+    from dit_suite.evaluation.runner import Inputs
+    from dit_suite.evaluation.sources import GeneratedSource
+
+    reference, baseline = open_side(args.reference, args), open_side(args.baseline, args)
+    train = open_side(args.train_set, args)
+    floor = None if args.floor in ("auto", "none") else open_side(args.floor, args)
+    if job is not None:
+        from dit_suite.sampling import open_job
+
+        pipe = open_job(job, device=args.device or state.device)
+        pipe.set_progress_bar_config(disable=True)
+        samples = GeneratedSource(pipe, job, args.num_samples)
+    else:
+        samples = open_side(args.samples, args, args.num_samples)
+    return Inputs(samples, reference, baseline, train, floor, with_floor=args.floor != "none")
+
+
+def run(args: argparse.Namespace, job: Any) -> None:
+    """Evaluates and prints: the line on stdout, words on stderr."""
+    from dit_suite.evaluation.extractors import load_extractor
+    from dit_suite.evaluation.metric_names import parse_metrics
+    from dit_suite.evaluation.report import append_line
+    from dit_suite.evaluation.runner import Evaluation
+    from dit_suite.evaluation.statistics import save_feature_set
+    from dit_suite.sample_files import distributed_state
+
+    options = EvaluationOptions.from_namespace(args)
+    only_statistics = args.save_statistics is not None and args.reference is None
+    requests = () if only_statistics else parse_metrics(args.metrics)
+    state = distributed_state()
+    inputs = open_inputs(args, job, state)
+    extractor = load_extractor(
+        args.features, inception_weights=args.inception_weights, device=args.device or state.device
+    )
+    evaluation = Evaluation(
+        inputs, extractor, requests, options, state, keep_everything=args.save_statistics is not None
+    )
+    report = evaluation.run()
+    if report is None:
+        return
+    if args.save_statistics is not None:
+        save_feature_set(args.save_statistics, evaluation.feature_set, compact=args.compact)
+        print(f"statistics of {evaluation.feature_set.count} samples: {args.save_statistics}", file=sys.stderr)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for line in report.lines():
+        print(line, file=sys.stderr)
+    if not only_statistics:
+        print(report.to_json_line())
+        if args.output is not None:
+            append_line(args.output, report.to_json_line())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 after one sentence about a bad input."""
+    try:
+        args, job = parse(sys.argv[1:] if argv is None else argv)
+        if args.list_references:
+            from dit_suite.evaluation.reference import bundled_references
+
+            print("\n".join(bundled_references()))
+            return 0
+        if not args.generate and not args.samples:
+            raise ValueError("give --samples, or --generate with sample.py's flags")
+        run(args, job)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
