@@ -37,3 +37,87 @@ class ClassToImageOptions(Options):
     eta: float = option(0.0, "noise of the DDIM sampler", minimum=0.0, maximum=1.0, advanced=True)
     height: int | None = option(None, "pixels (default: the model's size)", minimum=1, maximum=4096, advanced=True)
     width: int | None = option(None, "pixels (default: the model's size)", minimum=1, maximum=4096, advanced=True)
+
+
+@dataclass(frozen=True)
+class TarFlowOptions(Options):
+    """Options of `TarFlowPipeline`."""
+
+    condition: ClassVar[str] = "class_labels"
+
+    guidance_scale: float = option(1.0, "class guidance; 1 or less turns it off", minimum=0.0, maximum=10.0)
+    denoise_strength: float = option(
+        1.0, "share of the training noise that the final score step removes; 0 skips it", minimum=0.0, maximum=2.0
+    )
+    strategy: str = option(
+        "planned",
+        "how blocks are inverted: the plan of the checkpoint, token by token, or the same sweeps for every block",
+        choices=("planned", "sequential", "jacobi", "gauss-seidel"),
+    )
+    sweeps: int = option(16, "most sweeps per module (jacobi, gauss-seidel)", minimum=1, maximum=4096, advanced=True)
+    modules: int = option(8, "modules per block (gauss-seidel)", minimum=1, maximum=4096, advanced=True)
+    tolerance: float = option(
+        0.0,
+        "a sample leaves a module when a sweep changes it by less (jacobi, gauss-seidel)",
+        minimum=0.0,
+        advanced=True,
+    )
+    guidance_parameters: str = option(
+        "ab", "what guidance moves: a log-scale, b shift", choices=("ab", "a", "b"), advanced=True
+    )
+    attention_temperature: float = option(
+        1.0, "attention temperature of the weaker guidance branch", minimum=0.05, maximum=10.0, advanced=True
+    )
+    annealed_guidance: bool = option(True, "guidance grows over the tokens of a block", advanced=True)
+
+
+@dataclass(frozen=True)
+class TextToVideoOptions(Options):
+    """Options of `TextToVideoPipeline`."""
+
+    condition: ClassVar[str] = "prompt"
+
+    negative_prompt: str = option("", "what the clip should not show (used when guidance is on)")
+    num_inference_steps: int = option(30, "denoising steps", minimum=1, maximum=1000)
+    guidance_scale: float = option(4.0, "classifier-free guidance; 1 or less turns it off", minimum=0.0, maximum=30.0)
+    num_frames: int | None = option(None, "frames (default: the model's number)", minimum=1, maximum=1024)
+    fps: int = option(8, "frames per second of the file", minimum=1, maximum=120)
+    height: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096, advanced=True)
+    width: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096, advanced=True)
+    batched_guidance: bool = option(False, "both guidance halves in one batch (needs more memory)", advanced=True)
+
+
+@dataclass(frozen=True)
+class ACDiTOptions(Options):
+    """Options of `ACDiTPipeline`."""
+
+    condition: ClassVar[str] = "class_labels"
+
+    num_inference_steps: int = option(25, "denoising steps per block", minimum=1, maximum=1000)
+    guidance_scale: float = option(1.5, "classifier-free guidance; 1 or less turns it off", minimum=0.0, maximum=30.0)
+    block_size: int | None = option(None, "tokens per block (default: as trained)", minimum=1, advanced=True)
+    fps: int = option(8, "frames per second of a clip's file", minimum=1, maximum=60, advanced=True)
+
+
+@dataclass(frozen=True)
+class NFDOptions(Options):
+    """Options of `NFDPipeline`."""
+
+    condition: ClassVar[str] = "actions"
+
+    num_inference_steps: int | None = option(
+        None, "denoising passes per frame (default: as trained)", minimum=1, maximum=1000
+    )
+    start_frame: int | None = option(None, "start frame of the checkpoint (default: the model dreams one)", minimum=0)
+    speculation: str = option(
+        "off", "draft frames ahead: together (joint) or one by one", choices=("off", "joint", "run_ahead")
+    )
+    draft_length: int = option(3, "frames per draft", minimum=1, maximum=16)
+    adaptive_draft: bool = option(False, "draft length follows how long actions are held", advanced=True)
+    context_noise: float | None = option(
+        None, "noise level of finished frames (default: as trained)", minimum=0.0, maximum=0.5, advanced=True
+    )
+    context_mode: str = option(
+        "rolling", "how the past is kept", choices=("rolling", "recompute", "none"), advanced=True
+    )
+    fps: int = option(8, "frames per second of the file", minimum=1, maximum=60, advanced=True)

@@ -100,6 +100,42 @@ TECHNIQUES: tuple[Technique, ...] = (
         aliases=("DiTPipeline",),
         also_runs=("DiTTransformer2DModel",),
     ),
+    Technique(
+        name="tarflow",
+        title="TarFlow + GS-Jacobi (class to image)",
+        task="class-to-image",
+        model="dit_suite.models.tarflow:TarFlowModel",
+        pipeline="dit_suite.pipelines.pipeline_tarflow:TarFlowPipeline",
+        options="dit_suite.call_options:TarFlowOptions",
+        bundled="emoji-tarflow-64",
+    ),
+    Technique(
+        name="wan",
+        title="Wan (text to video)",
+        task="text-to-video",
+        model="diffusers:WanTransformer3DModel",
+        pipeline="dit_suite.pipelines.pipeline_text_to_video:TextToVideoPipeline",
+        options="dit_suite.call_options:TextToVideoOptions",
+        bundled="emoji-wan-16x64",
+        accelerations=("adaspa", "vmoba"),
+        aliases=("WanPipeline",),
+    ),
+    Technique(
+        name="acdit",
+        title="ACDiT (class to image, block by block)",
+        task="class-to-image",
+        model="dit_suite.models.acdit:ACDiTTransformer3DModel",
+        pipeline="dit_suite.pipelines.pipeline_acdit:ACDiTPipeline",
+        options="dit_suite.call_options:ACDiTOptions",
+    ),
+    Technique(
+        name="nfd",
+        title="Next-Frame Diffusion (playable)",
+        task="action-to-video",
+        model="dit_suite.models.nfd:NFDTransformer3DModel",
+        pipeline="dit_suite.pipelines.pipeline_nfd:NFDPipeline",
+        options="dit_suite.call_options:NFDOptions",
+    ),
 )
 
 ACCELERATIONS: tuple[Acceleration, ...] = (

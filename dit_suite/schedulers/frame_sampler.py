@@ -123,6 +123,11 @@ class FrameSampler:
         self.num_frames += 1
         self._frames.pop(self.num_frames - 1 - self.transformer.config.window - self.draft_frames, None)
 
+    def replace_last(self, frame: torch.Tensor) -> None:
+        """Puts `frame` in the place of the last one (which is never in the cache yet)."""
+        _, action = self._frames[self.num_frames - 1]
+        self._frames[self.num_frames - 1] = frame.to(self.transformer.device, self.transformer.dtype), action
+
     def extend(self, frames: torch.Tensor, actions: torch.Tensor) -> None:
         """Adds given frames `(batch, channels, count, height, width)` with actions `(batch, count, num_actions)`.
 
