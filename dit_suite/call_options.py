@@ -121,3 +121,27 @@ class NFDOptions(Options):
         "rolling", "how the past is kept", choices=("rolling", "recompute", "none"), advanced=True
     )
     fps: int = option(8, "frames per second of the file", minimum=1, maximum=60, advanced=True)
+
+
+@dataclass(frozen=True)
+class LegoOptions(Options):
+    """Options of `LegoPipeline`."""
+
+    condition: ClassVar[str] = "class_labels"
+
+    num_inference_steps: int = option(18, "Heun steps; the network runs 2 N - 1 times", minimum=1, maximum=1000)
+    guidance_scale: float | None = option(
+        None, "classifier-free guidance; 1 or less turns it off (default: 1.5 with classes)", minimum=0.0, maximum=30.0
+    )
+    t_break: float = option(0.0, "share of the steps that leave out the last brick", minimum=0.0, maximum=1.0)
+    skip_direction: str = option(
+        "auto", "which steps leave it out", choices=("auto", "early", "late"), advanced=True
+    )
+    s_churn: float | None = option(
+        None, "fresh noise per step; 0 is deterministic (default: the scheduler's)", minimum=0.0, maximum=100.0, advanced=True
+    )
+    height: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096)
+    width: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096)
+    canvas: str = option(
+        "auto", "how larger canvases are covered", choices=("auto", "grid", "overlap"), advanced=True
+    )

@@ -136,6 +136,30 @@ TECHNIQUES: tuple[Technique, ...] = (
         pipeline="dit_suite.pipelines.pipeline_nfd:NFDPipeline",
         options="dit_suite.call_options:NFDOptions",
     ),
+    Technique(
+        name="pt_dit",
+        title="PT-DiT (text to image, proxy tokens)",
+        task="text-to-image",
+        model="dit_suite.models.pt_dit:PTDiTTransformer3DModel",
+        pipeline="dit_suite.pipelines.pipeline_text_to_image:TextToImagePipeline",
+        options="dit_suite.call_options:TextToImageOptions",
+    ),
+    Technique(
+        name="switch_dit",
+        title="Switch-DiT (class to image, timestep experts)",
+        task="class-to-image",
+        model="dit_suite.models.switch_dit:SwitchDiTTransformer2DModel",
+        pipeline="dit_suite.pipelines.pipeline_class_to_image:ClassToImagePipeline",
+        options="dit_suite.call_options:ClassToImageOptions",
+    ),
+    Technique(
+        name="lego",
+        title="LEGO bricks (class to image)",
+        task="class-to-image",
+        model="dit_suite.models.lego:LegoTransformer2DModel",
+        pipeline="dit_suite.pipelines.pipeline_lego:LegoPipeline",
+        options="dit_suite.call_options:LegoOptions",
+    ),
 )
 
 ACCELERATIONS: tuple[Acceleration, ...] = (

@@ -76,8 +76,8 @@ def head_tiers(recall: torch.Tensor, sparsity: float, threshold: float = 0.8) ->
     """Sparsity of every head from its recall at the base sparsity (paper section 4.3).
 
     With n heads above the threshold (at most half of them), the n of highest recall get (1 + s) / 2, the n of lowest
-    recall (3s - 1) / 2, the rest s. Below s = 1/3 the low tier stops at 0 and the high tier at 2s, so that the mean over
-    heads stays s and sparsity 0 stays dense. Ties go by head number.
+    recall (3s - 1) / 2, the rest s. Below s = 1/3 the low tier stops at 0 and the high tier at 2s, so that the mean
+    over heads stays s and sparsity 0 stays dense. Ties go by head number.
 
     Args:
         recall: `(batch, heads)`.
