@@ -1,0 +1,1 @@
+"""Pieces of the web app, built from the registry."""

@@ -1,0 +1,82 @@
+"""Gradio controls from option dataclasses: one control per field, with the field's limits and help text."""
+
+from typing import Any
+
+import gradio as gr
+
+from dit_suite.options import OptionField, Options, fields_of
+
+
+def control_for(spec: OptionField, limit: float | None = None) -> gr.components.Component:
+    """The control of one option.
+
+    Args:
+        spec: the option.
+        limit: a lower maximum that this server sets.
+    """
+    label = spec.name.replace("_", " ").capitalize()
+    maximum = spec.maximum if limit is None else min(limit, spec.maximum or limit)
+    default = spec.default
+    if spec.is_tuple:
+        text = "" if default is None else ", ".join(map(str, default))
+        return gr.Textbox(value=text, label=label, info=f"{spec.help} (comma-separated)")
+    if spec.choices is not None:
+        return gr.Dropdown(list(spec.choices), value=default, label=label, info=spec.help)
+    if spec.kind is bool:
+        return gr.Checkbox(value=default, label=label, info=spec.help)
+    if spec.kind is str:
+        return gr.Textbox(value=default or "", label=label, info=spec.help)
+    bounds = {"minimum": spec.minimum, "maximum": maximum}
+    if spec.optional or None in bounds.values():
+        given = {name: value for name, value in bounds.items() if value is not None}
+        return gr.Number(value=default, label=label, info=spec.help, precision=0 if spec.kind is int else None, **given)
+    step = 1 if spec.kind is int else 0.1
+    return gr.Slider(value=min(default, maximum), step=step, label=label, info=spec.help, **bounds)
+
+
+def build_controls(cls: type[Options], limits: dict[str, float]) -> list[gr.components.Component]:
+    """Controls of every option, in order; the ones marked advanced sit in a folded panel."""
+    specs = fields_of(cls)
+    made = {spec.name: control_for(spec, limits.get(spec.name)) for spec in specs if not spec.advanced}
+    if any(spec.advanced for spec in specs):
+        with gr.Accordion("Advanced", open=False):
+            made |= {spec.name: control_for(spec, limits.get(spec.name)) for spec in specs if spec.advanced}
+    return [made[spec.name] for spec in specs]
+
+
+def options_from_values(cls: type[Options], values: list[Any]) -> Options:
+    """The options that the controls show.
+
+    Raises:
+        ValueError: a value does not fit its option.
+    """
+    given = {}
+    for spec, value in zip(fields_of(cls), values, strict=True):
+        if spec.is_tuple:
+            parts = [part for part in str(value or "").replace(",", " ").split() if part]
+            given[spec.name] = _numbers(spec, parts) if parts or not spec.optional else None
+        elif spec.optional and value in (None, ""):
+            given[spec.name] = None
+        elif spec.kind is int and isinstance(value, float) and value.is_integer():
+            given[spec.name] = int(value)
+        else:
+            given[spec.name] = value
+    return cls(**given)
+
+
+def _numbers(spec: OptionField, parts: list[str]) -> tuple:
+    try:
+        return tuple(spec.kind(part) for part in parts)
+    except ValueError:
+        raise ValueError(f"{spec.name} must be {spec.kind.__name__}s with commas between, got {parts}") from None
+
+
+def values_from_options(options: Options) -> list[Any]:
+    """What the controls must show for these options, in the order of `build_controls`."""
+    values = []
+    for spec in fields_of(type(options)):
+        value = getattr(options, spec.name)
+        if spec.is_tuple:
+            value = "" if value is None else ", ".join(map(str, value))
+        values.append("" if value is None and spec.kind is str else value)
+    return values

@@ -1,0 +1,236 @@
+"""Runs requests on the one device: opens models, makes samples one by one, reports progress, stops within a step.
+
+No Gradio in here. A request runs in a worker thread; the caller iterates over its events and may close the iterator at
+any time, which stops the run at the next step and keeps what is finished.
+"""
+
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dit_suite.checkpoints import find_checkpoint
+from dit_suite.metadata import write_png
+from dit_suite.options import Options
+from dit_suite.sampling import SamplingJob, open_job, sample_batch, sample_record
+from dit_suite.ui.settings import Limits
+
+PREVIEW_SECONDS = 0.4
+HEARTBEAT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: finished samples, steps of the present one, and perhaps a preview of it."""
+
+    finished: int
+    count: int
+    step: int
+    num_steps: int
+    preview: Image.Image | None = None
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One sample was written."""
+
+    index: int
+    path: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The run ended before its last sample; `finished` samples are kept."""
+
+    finished: int
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing new for a moment (a model is being opened, or a step is long); lets the caller close the iterator."""
+
+
+class StopFlag:
+    """A stop request that the sampling loop sees at its next step."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+
+def check_limits(job: SamplingJob, count: int, limits: Limits) -> None:
+    """Raises `ValueError` if a request asks for more than the server allows."""
+    options = job.options.to_dict()
+    asked = {
+        "num_inference_steps": (options.get("num_inference_steps"), limits.max_steps),
+        "height": (options.get("height"), limits.max_side),
+        "width": (options.get("width"), limits.max_side),
+        "num_frames": (options.get("num_frames"), limits.max_frames),
+        "count": (count, limits.max_count),
+    }
+    for name, (value, most) in asked.items():
+        if value is not None and value > most:
+            raise ValueError(f"{name} may be at most {most} on this server, got {value}")
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    for condition in job.conditions:
+        if isinstance(condition, str) and len(condition) > limits.max_prompt:
+            raise ValueError(f"a prompt may have {limits.max_prompt} characters, got {len(condition)}")
+    negative = options.get("negative_prompt") or ""
+    if len(negative) > limits.max_prompt:
+        raise ValueError(f"a negative prompt may have {limits.max_prompt} characters, got {len(negative)}")
+
+
+def make_job(
+    model: str, condition: Any, options: Options, seed: int, scheduler: str | None = None, accelerations: Any = None
+) -> SamplingJob:
+    """A job of single samples on a checkpoint by name."""
+    checkpoint = find_checkpoint(model)
+    return SamplingJob(
+        technique=checkpoint.technique.name,
+        model=model,
+        weights_sha256=checkpoint.weights_sha256,
+        conditions=(condition,),
+        options=options,
+        seed=seed,
+        batch_size=1,
+        scheduler=scheduler,
+        accelerations=accelerations or {},
+    )
+
+
+def resolve_seed(seed: int | None) -> int:
+    """-1 or None becomes a random seed; others are returned."""
+    if seed is None or seed == -1:
+        return secrets.randbelow(2**31)
+    return int(seed)
+
+
+class Engine:
+    """One device and the one model that is open on it."""
+
+    def __init__(self, output: Path, limits: Limits, device: str = "cpu") -> None:
+        self.output = output
+        self.limits = limits
+        self.device = device
+        self._lock = threading.Lock()
+        self._opened: tuple[Any, Any] | None = None
+
+    def _pipeline(self, job: SamplingJob) -> Any:
+        """The job's pipeline; another one is dropped first, so that one model at most is in memory."""
+        key = (job.model, job.weights_sha256, job.scheduler, job.dtype, repr(sorted(job.accelerations.items())))
+        if self._opened is None or self._opened[0] != key:
+            self._opened = None
+            pipe = open_job(job, device=self.device)
+            pipe.set_progress_bar_config(disable=True)
+            self._opened = (key, pipe)
+        return self._opened[1]
+
+    def _path(self, job: SamplingJob, index: int) -> Path:
+        folder = self.output / time.strftime("%Y-%m-%d")
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = f"{time.strftime('%H%M%S')}-{secrets.token_hex(3)}"
+        return folder / f"{stamp}-{job.technique}-{job.seed + index}.png"
+
+    def _save(self, job: SamplingJob, index: int, sample: np.ndarray) -> Path:
+        record = sample_record(job, index, [index])
+        path = self._path(job, index)
+        if sample.ndim == 3:
+            write_png(Image.fromarray(sample), path, record)
+            return path
+        from dit_suite.video import write_video
+
+        path = path.with_suffix(".mp4")
+        write_video(sample, path, fps=getattr(job.options, "fps", 8), record=record)
+        return path
+
+    def run(self, job: SamplingJob, count: int, stop: StopFlag) -> Iterator[Progress | Finished | Stopped | Waiting]:
+        """Makes `count` samples (indices 0 ..) one after the other, yielding events.
+
+        Closing the iterator, or `stop.set()`, ends the run within one step.
+
+        Raises:
+            ValueError: the request exceeds the limits or the model can't do it; raised before or between events.
+        """
+        check_limits(job, count, self.limits)
+        events: queue.Queue[Any] = queue.Queue()
+        worker = threading.Thread(target=self._work, args=(job, count, stop, events), daemon=True)
+        worker.start()
+        try:
+            while (event := _next_event(events)) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            stop.set()
+
+    def _work(self, job: SamplingJob, count: int, stop: StopFlag, events: queue.Queue) -> None:
+        """The worker thread: puts events, ends with None."""
+        try:
+            with self._lock:
+                pipe = self._pipeline(job)
+                for index in range(count):
+                    started = time.perf_counter()
+                    sample = self._sample(pipe, job, index, count, stop, events)
+                    if stop.is_set():
+                        events.put(Stopped(index))
+                        return
+                    events.put(Finished(index, self._save(job, index, sample), time.perf_counter() - started))
+        except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
+            events.put(error)
+        finally:
+            events.put(None)
+
+    def _sample(
+        self, pipe: Any, job: SamplingJob, index: int, count: int, stop: StopFlag, events: queue.Queue
+    ) -> np.ndarray:
+        shown = time.monotonic()
+
+        def on_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal shown
+            if stop.is_set():
+                pipe._interrupt = True
+                return {}
+            preview = None
+            if time.monotonic() - shown > PREVIEW_SECONDS:
+                shown = time.monotonic()
+                preview = _preview(pipe, tensors.get("latents"))
+            events.put(Progress(index, count, step + 1, pipe.num_timesteps, preview))
+            return {}
+
+        if stop.is_set():
+            return np.empty(0)
+        return sample_batch(pipe, job, [index], on_step=on_step)[0]
+
+
+def _next_event(events: queue.Queue) -> Any:
+    try:
+        return events.get(timeout=HEARTBEAT_SECONDS)
+    except queue.Empty:
+        return Waiting()
+
+
+def _preview(pipe: Any, latents: Any) -> Image.Image | None:
+    """A cheap look at an unfinished picture; models with a VAE show none, decoding would cost too much."""
+    if latents is None or latents.ndim != 4 or latents.shape[1] != 3 or getattr(pipe, "vae", None) is not None:
+        return None
+    pixels = (latents[0].float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def single_job(job: SamplingJob, index: int) -> SamplingJob:
+    """The job whose sample 0 is `job`'s sample `index`."""
+    return replace(job, seed=job.seed + index, conditions=(job.condition(index),), batch_size=1)

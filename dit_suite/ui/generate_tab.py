@@ -1,0 +1,251 @@
+"""The Image and Video tabs: condition, model, seed, count and the model's own options; progress, preview, stop."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from dit_suite.metadata import read_record
+from dit_suite.options import Options
+from dit_suite.registry import ACCELERATIONS, Acceleration
+from dit_suite.sampling import SamplingJob, job_of_record
+from dit_suite.ui.catalog import Offer
+from dit_suite.ui.controls import build_controls, options_from_values, values_from_options
+from dit_suite.ui.engine import Engine, Finished, Progress, StopFlag, Stopped, make_job, resolve_seed, single_job
+from dit_suite.ui.settings import Limits
+
+DEVICE_QUEUE = {"concurrency_id": "device", "concurrency_limit": 1}
+EXAMPLES = ("red apple, flat style", "woman astronaut, 3d style", "rainbow, gradient style", "burger")
+
+
+@dataclass
+class GenerateTab:
+    """The state and handlers of one tab.
+
+    Attributes:
+        engine: runs the requests.
+        offers: the checkpoints of this tab, by name.
+        stops: the stop flag of each visitor's present run.
+    """
+
+    engine: Engine
+    offers: dict[str, Offer]
+    media: str
+    stops: dict[str, StopFlag] = field(default_factory=dict)
+    controls: dict[type[Options], list[gr.components.Component]] = field(default_factory=dict)
+    plugins: dict[str, tuple[gr.Checkbox, list[gr.components.Component]]] = field(default_factory=dict)
+
+    @property
+    def option_classes(self) -> list[type[Options]]:
+        return list(dict.fromkeys(offer.technique.options_class() for offer in self.offers.values()))
+
+    def accelerations(self) -> list[Acceleration]:
+        """Plug-ins that fit one of the tab's models."""
+        wanted = {name for offer in self.offers.values() for name in offer.technique.accelerations}
+        return [row for row in ACCELERATIONS if row.name in wanted]
+
+    def all_controls(self) -> list[gr.components.Component]:
+        """Every option control and plug-in control, in the order that `parse` expects."""
+        found = [control for cls in self.option_classes for control in self.controls[cls]]
+        for row in self.accelerations():
+            switch, controls = self.plugins[row.name]
+            found += [switch, *controls]
+        return found
+
+    def parse(self, model: str, prompt: str, label: Any, seed: Any, scheduler: str, values: list[Any]) -> SamplingJob:
+        """The job that the controls describe; `ValueError` for anything out of range."""
+        if model not in self.offers:
+            raise ValueError(f"model must be one of {', '.join(self.offers)}, got {model!r}")
+        offer, position, options = self.offers[model], 0, None
+        for cls in self.option_classes:
+            count = len(self.controls[cls])
+            if cls is offer.technique.options_class():
+                options = options_from_values(cls, values[position : position + count])
+            position += count
+        accelerations = {}
+        for row in self.accelerations():
+            count = len(self.plugins[row.name][1])
+            enabled, chosen = values[position], values[position + 1 : position + 1 + count]
+            position += 1 + count
+            if enabled and row.name in offer.technique.accelerations:
+                accelerations[row.name] = options_from_values(row.config_class(), chosen)
+        condition = self._condition(offer, prompt, label)
+        chosen_scheduler = None if scheduler in ("", None, "default") else scheduler
+        return make_job(model, condition, options, resolve_seed(seed), chosen_scheduler, accelerations)
+
+    @staticmethod
+    def _condition(offer: Offer, prompt: str, label: Any) -> Any:
+        if offer.technique.options_class().condition == "prompt":
+            if not (prompt or "").strip():
+                raise ValueError("type a prompt first")
+            return prompt.strip()
+        if label in (None, ""):
+            raise ValueError("choose a class first")
+        return int(label) if str(label).isdigit() else label
+
+    def generate(
+        self, model: str, prompt: str, label: Any, seed: Any, count: Any, scheduler: str, *values: Any,
+        request: gr.Request, progress: gr.Progress,
+    ) -> Iterator[tuple]:  # fmt: skip
+        """Yields (gallery, preview, status, seed) while the samples are made."""
+        stop = StopFlag()
+        self.stops[request.session_hash] = stop
+        paths: list[str] = []
+        try:
+            job = self.parse(model, prompt, label, seed, scheduler, list(values))
+            yield gr.skip(), None, "Opening the model ...", job.seed
+            for event in self.engine.run(job, int(count), stop):
+                if isinstance(event, Finished):
+                    paths.append(str(event.path))
+                    yield paths, None, f"{len(paths)} of {count} done (last one {event.seconds:.1f} s)", job.seed
+                elif isinstance(event, Stopped):
+                    yield paths, None, f"Stopped; {event.finished} finished kept.", job.seed
+                elif isinstance(event, Progress):
+                    progress((event.step, event.num_steps), desc=f"{event.finished + 1} of {event.count}")
+                    text = f"Sample {event.finished + 1} of {event.count}: step {event.step} of {event.num_steps}"
+                    yield gr.skip(), event.preview or gr.skip(), text, job.seed
+                else:
+                    yield (gr.skip(),) * 4
+        except (ValueError, FileNotFoundError, RuntimeError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        finally:
+            stop.set()
+            if self.stops.get(request.session_hash) is stop:
+                del self.stops[request.session_hash]
+
+    def stop(self, request: gr.Request) -> str:
+        """Stops this visitor's run at its next step."""
+        flag = self.stops.get(request.session_hash)
+        if flag is None:
+            return "Nothing is running."
+        flag.set()
+        return "Stopping at the next step ..."
+
+    def load_settings(self, path: str | None) -> list[Any]:
+        """What the controls must show to make the sample in this file again."""
+        blank = [gr.skip()] * (6 + len(self.all_controls()) + 1)
+        if path is None:
+            return blank
+        try:
+            record = read_any_record(Path(path))
+            job, indices = job_of_record(record)
+            job = single_job(job, record["index"])
+            if job.model not in self.offers:
+                raise ValueError(f"the file was made with {job.model}, which is not offered here")
+        except (ValueError, KeyError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        is_prompt = job.options.condition == "prompt"
+        values: list[Any] = [
+            job.model,
+            job.conditions[0] if is_prompt else gr.skip(),
+            gr.skip() if is_prompt else str(job.conditions[0]),
+            job.seed,
+            1,
+            job.scheduler or "default",
+        ]
+        for cls in self.option_classes:
+            same = cls is type(job.options)
+            values += values_from_options(job.options) if same else [gr.skip()] * len(self.controls[cls])
+        for row in self.accelerations():
+            config = job.accelerations.get(row.name)
+            values.append(config is not None)
+            values += values_from_options(config) if config else [gr.skip()] * len(self.plugins[row.name][1])
+        note = "Settings loaded; press Generate to make the same sample again."
+        if len(indices) > 1:
+            note += f" It was made in a batch of {len(indices)}, alone a pixel may differ by one level."
+        return [*values, note]
+
+
+def read_any_record(path: Path) -> dict[str, Any]:
+    """The metadata of a picture or a clip."""
+    if path.suffix.lower() in (".mp4", ".gif"):
+        from dit_suite.video import read_video_record
+
+        return read_video_record(path)
+    return read_record(path)
+
+
+def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: Limits) -> GenerateTab:
+    """Builds the controls of a tab inside the present Blocks context and wires them up."""
+    tab = GenerateTab(engine, {offer.name: offer for offer in offers}, media)
+    first = offers[0]
+    caps = {"num_inference_steps": limits.max_steps, "height": limits.max_side, "width": limits.max_side,
+            "num_frames": limits.max_frames}  # fmt: skip
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            model = gr.Dropdown(list(tab.offers), value=first.name, label="Model", elem_id=f"{media}-model")
+            uses_text = first.technique.options_class().condition == "prompt"
+            prompt = gr.Textbox(
+                label="Prompt", lines=2, visible=uses_text, elem_id=f"{media}-prompt", max_length=limits.max_prompt,
+                placeholder="for example: red apple, flat style", value=EXAMPLES[0],
+            )  # fmt: skip
+            examples = gr.Examples([[text] for text in EXAMPLES], [prompt], api_visibility="private")
+            label = gr.Dropdown(
+                list(first.labels), label="Class", visible=not uses_text, allow_custom_value=True,
+                value=first.labels[0] if first.labels else None, elem_id=f"{media}-label",
+            )  # fmt: skip
+            with gr.Row():
+                seed = gr.Number(
+                    -1, label="Seed", info="-1: a random one", precision=0, minimum=-1, elem_id=f"{media}-seed"
+                )
+                count = gr.Slider(1, limits.max_count, value=1, step=1, label="Count", elem_id=f"{media}-count")
+            groups = {}
+            for cls in tab.option_classes:
+                with gr.Group(visible=cls is first.technique.options_class()) as groups[cls]:
+                    tab.controls[cls] = build_controls(cls, caps)
+            with gr.Accordion("Scheduler and acceleration", open=False):
+                scheduler = gr.Dropdown(
+                    ["default", "flow-euler", "flow-heun", "ddim", "ddpm", "dpm-solver", "unipc"], value="default",
+                    label="Scheduler", info="default: the checkpoint's own",
+                )  # fmt: skip
+                for row in tab.accelerations():
+                    switch = gr.Checkbox(False, label=row.title)
+                    tab.plugins[row.name] = (switch, build_controls(row.config_class(), {}))
+            with gr.Row():
+                button = gr.Button("Generate", variant="primary", elem_id=f"{media}-generate")
+                stop = gr.Button("Stop", variant="stop", elem_id=f"{media}-stop")
+            upload = gr.File(
+                label="Load settings from a file made here", file_types=[".png", ".mp4"], type="filepath", height=90,
+                elem_id=f"{media}-upload",
+            )  # fmt: skip
+        with gr.Column(scale=3, min_width=320):
+            status = gr.Markdown("Ready.", elem_id=f"{media}-status")
+            used = gr.Number(label="Seed used", interactive=False, precision=0, elem_id=f"{media}-used")
+            preview = gr.Image(
+                label="In progress", height=192, interactive=False, format="png", buttons=[], elem_id=f"{media}-preview"
+            )
+            if media == "image":
+                results = gr.Gallery(
+                    label="Results", columns=4, format="png", object_fit="contain", elem_id=f"{media}-results",
+                    buttons=["download", "fullscreen"],
+                )  # fmt: skip
+            else:
+                results = gr.Gallery(label="Results", columns=2, elem_id=f"{media}-results", buttons=["download"])
+
+    def on_model(name: str) -> list[Any]:
+        offer = tab.offers[name]
+        text = offer.technique.options_class().condition == "prompt"
+        labels = gr.update(choices=list(offer.labels), value=next(iter(offer.labels), None), visible=not text)
+        shown = [gr.update(visible=cls is offer.technique.options_class()) for cls in tab.option_classes]
+        return [gr.update(visible=text), labels, *shown]
+
+    def on_generate(
+        model: str, prompt: str, label: Any, seed: Any, count: Any, scheduler: str, *values: Any,
+        request: gr.Request, progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Iterator[tuple]:  # fmt: skip
+        yield from tab.generate(
+            model, prompt, label, seed, count, scheduler, *values, request=request, progress=progress
+        )
+
+    inputs = [model, prompt, label, seed, count, scheduler, *tab.all_controls()]
+    model.change(on_model, [model], [prompt, label, *groups.values()], api_visibility="private", queue=False)
+    button.click(
+        on_generate, inputs, [results, preview, status, used], api_visibility="private", show_progress_on=[status],
+        **DEVICE_QUEUE,
+    )  # fmt: skip
+    stop.click(tab.stop, None, [status], api_visibility="private", queue=False)
+    upload.upload(tab.load_settings, [upload], [*inputs, status], api_visibility="private", queue=False)
+    examples.dataset.label = "Examples"
+    return tab
