@@ -11,7 +11,7 @@ from dit_suite.caching.block_probe import CacheUnit, StreamLayout, find_blocks, 
 from dit_suite.caching.profile import SimilarityProfile, UnitInfo, block_error, model_fingerprint, similarity_matrix
 from dit_suite.caching.streams import flat_tensors, read_streams, split_streams
 from dit_suite.schedulers.root_hook import attach_root_hook
-from dit_suite.schedulers.step_plan import current_step
+from dit_suite.schedulers.step_plan import StepContext, current_step
 
 
 class FlopMeter(TorchDispatchMode):
@@ -60,6 +60,7 @@ class ProfileRecorder:
         self._total_flops = 0.0
         self._broken: set[str] = set()
         self._run: object | None = None
+        self._context: StepContext | None = None
         self._features: dict[str, dict[str, list[torch.Tensor]]] = {}
         self._steps: dict[str, list[tuple[int, int, float]]] = {}
         self._plan: list[tuple[int, int, float]] | None = None
@@ -134,17 +135,23 @@ class ProfileRecorder:
         self._watch(module, before, after)
 
     def _before_model(self, module: Any, args: tuple, kwargs: dict) -> None:
-        context = current_step()
-        if context is None:
-            raise ValueError("calibration needs a sampling loop: this model was called outside of one")
-        if context.run is not self._run:
-            self._finish_run()
-            self._run = context.run
-        self._num_steps = max(context.num_steps, context.step_index + 1, self._num_steps)
-        self._steps.setdefault(context.branch, []).append((context.step_index, context.evaluation, context.timestep))
         if not self._total_flops:
             self._meter = FlopMeter()
             self._meter.__enter__()
+
+    def _note_evaluation(self) -> StepContext:
+        """Books the evaluation under way when its first unit is reached."""
+        context = current_step()
+        if context is None:
+            raise ValueError("calibration needs a sampling loop: this model was called outside of one")
+        if context is not self._context:
+            if context.run is not self._run:
+                self._finish_run()
+            self._context, self._run = context, context.run
+            self._num_steps = max(context.num_steps, context.step_index + 1, self._num_steps)
+            step = (context.step_index, context.evaluation, context.timestep)
+            self._steps.setdefault(context.branch, []).append(step)
+        return context
 
     def _after_model(self, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
         if self._meter is not None:
@@ -152,6 +159,7 @@ class ProfileRecorder:
             self._total_flops, self._meter = float(self._meter.total), None
 
     def _begin(self, name: str) -> None:
+        self._note_evaluation()
         self._order.setdefault(name)
         if self._meter is not None:
             self._flops[name] = self._flops.get(name, 0.0) - self._meter.total
@@ -159,7 +167,7 @@ class ProfileRecorder:
     def _keep(self, name: str, tensors: list[torch.Tensor]) -> None:
         if self._meter is not None:
             self._flops[name] += self._meter.total
-        context = current_step()
+        context = self._note_evaluation()
         kept = torch.cat([self._thin(t.detach().flatten()) for t in tensors])
         self._features.setdefault(context.branch, {}).setdefault(name, []).append(kept)
 
