@@ -98,7 +98,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         pipeline="dit_suite.pipelines.pipeline_class_to_image:ClassToImagePipeline",
         options="dit_suite.call_options:ClassToImageOptions",
         aliases=("DiTPipeline",),
-        also_runs=("DiTTransformer2DModel",),
+        also_runs=("DiTTransformer2DModel", "Transformer2DModel"),
     ),
     Technique(
         name="tarflow",

@@ -1,5 +1,6 @@
 """Class to image with any network of the DiT interface: `DiTModel`, Switch-DiT, and diffusers' own DiT class."""
 
+import contextlib
 import difflib
 import json
 from collections.abc import Callable
@@ -7,11 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, ModelMixin
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    CacheMixin,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
+from dit_suite.models.dit import DiTModel
+from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
 from dit_suite.schedulers.generators import randn_per_sample
 from dit_suite.schedulers.guidance import guide
@@ -56,9 +69,9 @@ class ClassToImagePipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: ModelMixin,
-        scheduler: Any,
-        vae: Any = None,
+        transformer: DiTModel | SwitchDiTTransformer2DModel | DiTTransformer2DModel | ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None = None,
         id2label: dict[str, str] | None = None,
         prediction_type: str | None = None,
     ) -> None:
@@ -224,7 +237,7 @@ class ClassToImagePipeline(DiffusionPipeline):
             model_input = torch.cat([latents] * repeats)
             if hasattr(self.scheduler, "scale_model_input"):
                 model_input = self.scheduler.scale_model_input(model_input, timestep)
-            with publish_step(plan.context(step, branch)):
+            with publish_step(plan.context(step, branch)), _cache_context(self.transformer, branch):
                 outputs[branch] = self.transformer(
                     model_input.to(self.transformer.dtype),
                     timestep=timestep.expand(len(model_input)),
@@ -358,6 +371,11 @@ class ClassToImagePipeline(DiffusionPipeline):
 
     def _default_size(self) -> int:
         return self.transformer.config.sample_size * self.vae_scale_factor
+
+
+def _cache_context(model: ModelMixin, branch: str) -> contextlib.AbstractContextManager:
+    """Tells diffusers' own caches which guidance branch runs, where the class supports them."""
+    return model.cache_context(branch) if isinstance(model, CacheMixin) else contextlib.nullcontext()
 
 
 def _spatial_factor(vae: Any) -> int:

@@ -100,7 +100,7 @@ def check_forward(tensors: Tensors, config: dict[str, Any]) -> list[Result]:
 
 
 class _GivenNoise(TorchFunctionMode):
-    """Inside this block `torch.randn` returns one recorded tensor: the scheduler steps with the noise of the fixture."""
+    """Inside this block `torch.randn` returns a recorded tensor: schedulers step with the noise of the fixture."""
 
     def __init__(self, noise: torch.Tensor) -> None:
         super().__init__()

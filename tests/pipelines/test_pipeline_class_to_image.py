@@ -13,6 +13,7 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
@@ -297,6 +298,21 @@ def test_a_folder_of_diffusers_own_pipeline_opens(tmp_path: Path) -> None:
     assert abs(result - expected).max() < 1e-4
     with pytest.raises(ValueError, match="square"):
         ours([1], height=16, width=32)
+
+
+def test_diffusers_block_cache_keeps_the_guidance_branches_apart() -> None:
+    pipe = pipeline()
+    arguments = {"class_labels": [1], "num_inference_steps": 4, "batched_guidance": False, "output_type": "latent"}
+    plain = pipe(**arguments, generator=seeds(0)).images
+    evaluated = []
+    pipe.transformer.transformer_blocks[1].attn.register_forward_hook(lambda *_: evaluated.append(1))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    first, second = (pipe(**arguments, generator=seeds(0)).images for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(evaluated) == 2 * 2, "each branch runs in full at its first step of each call, and never again"
+    assert (first - plain).abs().max() > 1e-3
+    pipe.transformer.disable_cache()
+    assert torch.equal(pipe(**arguments, generator=seeds(0)).images, plain)
 
 
 def test_options_are_the_keywords_of_the_call() -> None:
