@@ -7,9 +7,9 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.video_processor import VideoProcessor
+from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
 
 from dit_suite.models.acdit import ACDiTTransformer3DModel
-from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
 from dit_suite.schedulers.generators import randn_per_sample
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step

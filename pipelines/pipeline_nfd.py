@@ -9,10 +9,10 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.video_processor import VideoProcessor
+from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
 from PIL import Image
 
 from dit_suite.models.nfd import NFDTransformer3DModel
-from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
 from dit_suite.schedulers.frame_sampler import FrameNoise, FrameSampler, FrameSamplerOptions
 from dit_suite.schedulers.speculative import SpeculativeOptions, SpeculativeSampler
 from dit_suite.schedulers.trigflow import FrameFlowScheduler, TrigFlowScheduler

@@ -1,0 +1,187 @@
+"""How far a world model's rollout is from the real game under the same actions, and whether it follows the actions.
+
+Closeness is measured per rollout step against recorded frames. Action following is judged by a small inverse-dynamics
+network that reads the action off two consecutive frames; it must reach 90 % on real held-out frames before it may judge
+anything.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_suite.evaluation.pairs import psnr, ssim
+from dit_suite.options import Options, option
+
+REQUIRED_ACCURACY = 0.9
+
+
+@dataclass(frozen=True)
+class RolloutOptions(Options):
+    """What is rolled out and where it is looked at."""
+
+    steps: tuple[int, ...] = option((1, 8, 32, 128), "rollout steps that are compared", minimum=1)
+    context_frames: int = option(1, "real frames before the rollout", minimum=1, maximum=64)
+    num_inference_steps: int | None = option(None, "denoising passes per frame (default: as trained)", minimum=1)
+    batch_size: int = option(8, "clips at once", minimum=1)
+    seed: int = option(0, "clip i draws its noise from seed + i", minimum=0)
+
+
+def to_bytes(samples: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to uint8, rounding to nearest."""
+    return ((samples + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def roll_out(pipe: Any, video: torch.Tensor, actions: torch.Tensor, options: RolloutOptions) -> torch.Tensor:
+    """The model's frames after the context, `(clips, 3, frames, height, width)` in [-1, 1].
+
+    Args:
+        pipe: an `NFDPipeline`.
+        video: real clips `(clips, 3, frames, height, width)` in [-1, 1].
+        actions: `(clips, frames, num_actions)`; row t leads to frame t.
+
+    Raises:
+        ValueError: the clips are shorter than the last step asks for.
+    """
+    from dit_suite.schedulers.generators import sample_generators
+
+    first, length = options.context_frames, options.context_frames + max(options.steps)
+    if video.shape[2] < length:
+        raise ValueError(f"step {max(options.steps)} needs clips of {length} frames, got {video.shape[2]}")
+    pieces = []
+    for start in range(0, len(video), options.batch_size):
+        rows = slice(start, min(start + options.batch_size, len(video)))
+        frames = pipe(
+            actions[rows, first:length],
+            image=video[rows, :, :first],
+            num_inference_steps=options.num_inference_steps,
+            generator=sample_generators(options.seed, range(rows.start, rows.stop)),
+            output_type="pt",
+        ).frames
+        pieces.append(frames.transpose(1, 2)[:, :, first:] * 2.0 - 1.0)
+    return torch.cat(pieces)
+
+
+def closeness(predicted: torch.Tensor, real: torch.Tensor, steps: Sequence[int]) -> list[dict[str, float]]:
+    """PSNR (dB), SSIM and L1 (grey levels of 255) per rollout step, means over clips.
+
+    Args:
+        predicted, real: `(clips, 3, frames, height, width)` in [-1, 1], both starting at step 1.
+    """
+    rows = []
+    for step in steps:
+        one, other = to_bytes(predicted[:, :, step - 1]), to_bytes(real[:, :, step - 1])
+        rows.append(
+            {
+                "step": step,
+                "psnr": float(psnr(one, other).mean()),
+                "ssim": float(ssim(one, other).mean()),
+                "l1": float((one.double() - other.double()).abs().mean()),
+            }
+        )
+    return rows
+
+
+def evaluate_rollout(
+    pipe: Any, video: torch.Tensor, actions: torch.Tensor, options: RolloutOptions | None = None
+) -> list[dict[str, float]]:
+    """`roll_out` and `closeness` in one; also the score of repeating the last context frame, as a floor."""
+    options = options or RolloutOptions()
+    real = video[:, :, options.context_frames :]
+    rows = closeness(roll_out(pipe, video, actions, options), real, options.steps)
+    still = video[:, :, options.context_frames - 1 : options.context_frames].expand_as(real)
+    for row, floor in zip(rows, closeness(still, real, options.steps), strict=True):
+        row["psnr_of_still"] = floor["psnr"]
+    return rows
+
+
+class InverseDynamics(nn.Module):
+    """Reads the action off two consecutive frames: pairs `(batch, 6, height, width)` to logits."""
+
+    def __init__(self, num_actions: int, width: int = 32):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(9, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(4 * width, num_actions)
+
+    def forward(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Frames `(batch, 3, height, width)` in [-1, 1] to logits `(batch, num_actions)`."""
+        features = self.body(torch.cat([before, after, after - before], dim=1))
+        return self.head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1))
+
+
+def transitions(video: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All consecutive frame pairs and the action index between them; pairs after a null action are left out."""
+    before, after = video[:, :, :-1].transpose(1, 2).flatten(0, 1), video[:, :, 1:].transpose(1, 2).flatten(0, 1)
+    vectors = actions[:, 1:].flatten(0, 1)
+    known = vectors.sum(-1) > 0
+    return before[known], after[known], vectors[known].argmax(-1)
+
+
+def visible(before: torch.Tensor, after: torch.Tensor, action: torch.Tensor, still_action: int) -> torch.Tensor:
+    """Pairs whose action can be seen: something changed, or the action is the one that changes nothing.
+
+    A step into a wall looks like standing still and says nothing about following.
+    """
+    changed = (before - after).abs().flatten(1).amax(1) > 1e-3
+    return changed | (action == still_action)
+
+
+def train_inverse_dynamics(
+    pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    num_actions: int,
+    steps: int = 400,
+    batch_size: int = 128,
+    seed: int = 0,
+    width: int = 32,
+) -> InverseDynamics:
+    """Trains the judge on real frame pairs `(before, after, action)`."""
+    before, after, action = pairs
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = InverseDynamics(num_actions, width).to(before.device)
+    optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in range(steps):
+        rows = torch.randint(len(action), (batch_size,), generator=generator).to(before.device)
+        loss = nn.functional.cross_entropy(network(before[rows], after[rows]), action[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: InverseDynamics, pairs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> float:
+    """Share of pairs whose action is recognised."""
+    before, after, action = pairs
+    hits = [network(b, a).argmax(-1) == y for b, a, y in zip(*(t.split(512) for t in pairs), strict=True)]
+    return float(torch.cat(hits).float().mean()) if len(action) else 0.0
+
+
+def action_following(
+    network: InverseDynamics,
+    held_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    generated: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> dict[str, float]:
+    """Share of generated transitions in which the judge sees the commanded action, with the judge's own accuracy.
+
+    Raises:
+        ValueError: the judge does not reach 90 % on real held-out frames.
+    """
+    judge = accuracy(network, held_out)
+    if judge < REQUIRED_ACCURACY:
+        raise ValueError(f"the inverse-dynamics network reaches {judge:.1%} on real held-out frames; it needs 90%")
+    return {"judge_accuracy": judge, "action_following": accuracy(network, generated)}

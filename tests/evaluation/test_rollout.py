@@ -1,0 +1,76 @@
+"""Rollout closeness and the inverse-dynamics judge, on the built-in game."""
+
+import pytest
+import torch
+
+from dit_suite.data.moving_square import MovingSquareClips, MovingSquareOptions
+from dit_suite.evaluation.rollout import (
+    InverseDynamics,
+    RolloutOptions,
+    accuracy,
+    action_following,
+    closeness,
+    evaluate_rollout,
+    train_inverse_dynamics,
+    transitions,
+    visible,
+)
+from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
+
+
+def clips(count: int, frames: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    data = MovingSquareClips(count, frames, MovingSquareOptions(persistence=0.5), seed=seed)
+    items = [data[i] for i in range(count)]
+    return torch.stack([i["video"] for i in items]), torch.stack([i["actions"] for i in items])
+
+
+class Oracle:
+    """Stands where a pipeline stands: returns the real clip, from frame `late` on one frame late."""
+
+    def __init__(self, video: torch.Tensor, late: int):
+        self.video, self.late, self.place = video, late, 0
+
+    def __call__(self, actions, image, num_inference_steps, generator, output_type):
+        rows = slice(self.place, self.place + len(actions))
+        self.place += len(actions)
+        frames = self.video[rows].clone()
+        frames[:, :, self.late :] = self.video[rows][:, :, self.late - 1 : -1]
+        return VideoPipelineOutput(frames=(frames[:, :, : actions.shape[1] + image.shape[2]].transpose(1, 2) + 1) / 2)
+
+
+def test_closeness_is_measured_step_by_step():
+    video, actions = clips(6, 10, 0)
+    options = RolloutOptions(steps=(1, 4, 8), batch_size=4)
+    rows = evaluate_rollout(Oracle(video, late=6), video, actions, options)
+    assert [row["step"] for row in rows] == [1, 4, 8]
+    assert [row["psnr"] for row in rows[:2]] == [100.0, 100.0]
+    assert rows[0]["l1"] == 0
+    assert rows[0]["ssim"] == pytest.approx(1.0)
+    assert rows[2]["psnr"] < 60
+    assert rows[2]["l1"] > 0
+    assert rows[0]["psnr_of_still"] < 60
+    with pytest.raises(ValueError, match="needs clips of 129 frames, got 10"):
+        evaluate_rollout(Oracle(video, 6), video, actions)
+
+
+def test_known_difference_has_the_known_values():
+    one = torch.zeros(2, 3, 1, 16, 16)
+    rows = closeness(one + 2 * 10 / 255, one, (1,))
+    assert rows[0]["l1"] == pytest.approx(10, abs=1)
+    assert rows[0]["psnr"] == pytest.approx(28.13, abs=0.9)
+
+
+def test_the_judge_learns_real_frames_and_separates_following_from_not():
+    pairs = transitions(*clips(300, 6, 0))
+    seen = visible(*pairs, still_action=0)
+    judge = train_inverse_dynamics(tuple(t[seen] for t in pairs), 5, steps=150, width=16)
+    held_out = transitions(*clips(60, 6, 1))
+    held_out = tuple(t[visible(*held_out, still_action=0)] for t in held_out)
+    result = action_following(judge, held_out, held_out)
+    assert result["judge_accuracy"] > 0.95
+    disobedient = held_out[0], held_out[1], (held_out[2] + 1) % 5
+    assert action_following(judge, held_out, disobedient)["action_following"] < 0.1
+    untrained = InverseDynamics(5)
+    assert accuracy(untrained, held_out) < 0.6
+    with pytest.raises(ValueError, match="needs 90%"):
+        action_following(untrained, held_out, held_out)
