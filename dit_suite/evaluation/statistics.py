@@ -1,6 +1,7 @@
 """Feature statistics in float64 that add up across batches and processes, and the files that keep them.
 
-A statistics file is an npz with `mu (d,)`, `sigma (d, d)` and a JSON string `provenance`: how the features were made. A compact file holds single features in float16 instead of `sigma`, or its upper triangle in float32.
+A statistics file is an npz with `mu (d,)`, `sigma (d, d)` and a JSON string `provenance`: how the features were made.
+A compact file holds single features in float16 instead of `sigma`, or its upper triangle in float32.
 Two sides are compared only when extractor, weights, resize and dimension agree.
 """
 
