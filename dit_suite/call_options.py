@@ -134,14 +134,14 @@ class LegoOptions(Options):
         None, "classifier-free guidance; 1 or less turns it off (default: 1.5 with classes)", minimum=0.0, maximum=30.0
     )
     t_break: float = option(0.0, "share of the steps that leave out the last brick", minimum=0.0, maximum=1.0)
-    skip_direction: str = option(
-        "auto", "which steps leave it out", choices=("auto", "early", "late"), advanced=True
-    )
+    skip_direction: str = option("auto", "which steps leave it out", choices=("auto", "early", "late"), advanced=True)
     s_churn: float | None = option(
-        None, "fresh noise per step; 0 is deterministic (default: the scheduler's)", minimum=0.0, maximum=100.0, advanced=True
+        None,
+        "fresh noise per step; 0 is deterministic (default: the scheduler's)",
+        minimum=0.0,
+        maximum=100.0,
+        advanced=True,
     )
     height: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096)
     width: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096)
-    canvas: str = option(
-        "auto", "how larger canvases are covered", choices=("auto", "grid", "overlap"), advanced=True
-    )
+    canvas: str = option("auto", "how larger canvases are covered", choices=("auto", "grid", "overlap"), advanced=True)

@@ -249,7 +249,7 @@ class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
             active_bricks: one flag per brick; a brick that is off passes the prediction on unchanged (zeros before
                 the first one that runs).
             output_bricks: also return the prediction of every brick that ran.
-            return_dict: a `LegoOutput`, or `(sample,)` / `(sample, bricks)`.
+            return_dict: a `LegoOutput`, or a tuple: `(sample,)`, and with `output_bricks` every brick's prediction.
 
         Raises:
             ValueError: the canvas does not fit the bricks, or no brick is left.
@@ -268,7 +268,6 @@ class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
             canvas = torch.cat([previous, picture], dim=1) if index else picture
             previous = self.bricks[index](canvas, conditioning)
             predictions.append(previous)
-        bricks = predictions if output_bricks else None
         if not return_dict:
-            return (previous, bricks) if output_bricks else (previous,)
-        return LegoOutput(sample=previous, bricks=bricks)
+            return tuple(predictions) if output_bricks else (previous,)
+        return LegoOutput(sample=previous, bricks=predictions if output_bricks else None)

@@ -187,7 +187,7 @@ def test_fresh_bricks_predict_zero_and_the_objective_averages_them():
     batch = TrainingBatch(x, {"class_labels": y}, Draws(0, 0, torch.arange(2)))
 
     def call(hidden_states, timestep, **condition):
-        return model(hidden_states, timestep, output_bricks=True, **condition).bricks
+        return model(hidden_states, timestep, output_bricks=True, return_dict=False, **condition)
 
     every, last = EDM(outputs="all").loss(call, batch), EDM(outputs="last").loss(call, batch)
     assert torch.equal(every.parts["output_2"], last.loss)
