@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dit_suite.converters import ConversionError, build_strict, read_checkpoint
+from dit_suite.data.labels import LabelTable
 from dit_suite.models.tarflow import TarFlowModel
 
 NAME = "tarflow"
@@ -64,10 +65,12 @@ def to_diffusers_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch
 
 
 def to_original_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `to_diffusers_keys` (without `attn_mask`, which both codebases rebuild)."""
+    """The inverse of `to_diffusers_keys`; `attn_mask` (rebuilt by both codebases) and fitted guesses are left out."""
     back = {ours: theirs for theirs, ours in LAYER_KEYS.items()}
     renamed = {}
     for key, value in state_dict.items():
+        if ".guess." in key:
+            continue
         match = _OUR_LAYER.match(key)
         if match:
             block, layer, name, kind = match.groups()
@@ -165,11 +168,10 @@ def read_source(source: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 
 def label_names(config: Mapping[str, Any]) -> dict[int, str] | None:
-    """`{index: "style, group"}` where the config lists styles and groups (label = style * groups + group)."""
+    """`{id: "style/group"}` where the config lists styles and groups."""
     if "styles" not in config or "groups" not in config:
         return None
-    pairs = [f"{style}, {group}" for style in config["styles"] for group in config["groups"]]
-    return dict(enumerate(pairs))
+    return LabelTable(tuple(config["styles"]), tuple(config["groups"])).names()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -190,4 +192,5 @@ def convert(source: Path, arguments: argparse.Namespace) -> Any:
     state_dict, config = read_source(source)
     flags = {name: getattr(arguments, name, None) for name in ("head_dim", "noise_std", "in_channels")}
     given = from_original_config(config) | {name: value for name, value in flags.items() if value is not None}
-    return TarFlowPipeline(build_model(state_dict, given), GSJacobiScheduler(), id2label=label_names(config))
+    model = build_model(state_dict, given)
+    return TarFlowPipeline(model, GSJacobiScheduler(), id2label=label_names(config))

@@ -68,7 +68,7 @@ def _check_first_block(model: TarFlowModel, inputs: Tensors, wanted: torch.Tenso
     count, scheduler = wanted.shape[1], GSJacobiScheduler()
     exact = scheduler.step(block, 0, noise, labels).tokens
     errors = torch.zeros(2, count)
-    for row, guess in enumerate(GUESSES):
+    for row, guess in enumerate(GUESSES[:2]):
         for sweeps in range(1, count + 1):
             strategy = BlockStrategy(1, sweeps, guess)
             clamped = GSJacobiScheduler(clamp=REFERENCE_CLAMP)

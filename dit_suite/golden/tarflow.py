@@ -1,4 +1,4 @@
-"""TarFlow fixtures: the data-to-noise pass, likelihood, denoising, and sequential sampling with every guidance variant."""
+"""TarFlow fixtures: the data-to-noise pass, likelihood, denoising, sequential sampling with every guidance variant."""
 
 from typing import Any
 

@@ -120,6 +120,7 @@ class TarFlowBlock(nn.Module):
         num_classes: 0 for an unconditional model.
         volume_preserving: predict the shift only (a = 0).
         reverse: read the tokens last to first.
+        guess_kernel: side of the neighbourhood that `initial_guess` reads, in tokens; 0 for none.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class TarFlowBlock(nn.Module):
         num_classes: int,
         volume_preserving: bool,
         reverse: bool,
+        guess_kernel: int = 0,
     ) -> None:
         super().__init__()
         self.reverse = reverse
@@ -146,6 +148,12 @@ class TarFlowBlock(nn.Module):
         self.layers = nn.ModuleList(TarFlowLayer(hidden_size, head_dim) for _ in range(num_layers))
         self.proj_out = nn.Linear(hidden_size, token_dim if volume_preserving else 2 * token_dim)
         self.proj_out.weight.data.zero_()
+        if guess_kernel:
+            self.guess = nn.Conv2d(token_dim, token_dim, guess_kernel, padding=guess_kernel // 2)
+            self.guess.weight.data.zero_()
+            self.guess.bias.data.zero_()
+        else:
+            self.guess = None
         self.gradient_checkpointing = False
 
     def order(self, sequence: torch.Tensor, dim: int = 1) -> torch.Tensor:
@@ -213,6 +221,21 @@ class TarFlowBlock(nn.Module):
         log_scale, shift = self.next_affine(ordered, self.condition(class_labels))
         return F.pad(log_scale[:, :-1], (0, 0, 1, 0)), F.pad(shift[:, :-1], (0, 0, 1, 0))
 
+    def initial_guess(self, latents: torch.Tensor) -> torch.Tensor:
+        """A linear prediction of the block's data from its noise: a convolution over the patch grid.
+
+        Not part of the flow: only the iterative samplers start from it (`dit_suite.schedulers.tarflow_planner` fits it
+        by least squares). `(batch, tokens, token_dim)` in image order, both.
+
+        Raises:
+            ValueError: the model has no such predictor.
+        """
+        if self.guess is None:
+            raise ValueError('the guess "linear" needs a fitted model (guess_kernel > 0); run scripts/plan_tarflow.py')
+        side = math.isqrt(latents.shape[1])
+        grid = latents.to(self.guess.weight.dtype).transpose(1, 2).unflatten(2, (side, side))
+        return self.guess(grid).flatten(2).transpose(1, 2).float()
+
     def forward(
         self, hidden_states: torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -250,6 +273,8 @@ class TarFlowModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         volume_preserving: shift only; the prior variance is then learned (`update_prior`).
         noise_std: standard deviation of the Gaussian noise added to the training images, in units of [-1, 1] pixels.
             0 means that the model was trained on uniformly dequantised pixels.
+        guess_kernel: side, in tokens, of the linear first guess that the planner fits for iterative sampling; odd, or 0
+            for a model without one. It takes no part in training or likelihood.
     """
 
     _supports_gradient_checkpointing = True
@@ -270,6 +295,7 @@ class TarFlowModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         num_classes: int = 0,
         volume_preserving: bool = False,
         noise_std: float = 0.05,
+        guess_kernel: int = 0,
     ) -> None:
         super().__init__()
         depths = [num_layers] * num_blocks if isinstance(num_layers, int) else list(num_layers)
@@ -277,6 +303,8 @@ class TarFlowModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"sample_size must be a multiple of patch_size, got {sample_size} and {patch_size}")
         if hidden_size % head_dim:
             raise ValueError(f"hidden_size must be a multiple of head_dim, got {hidden_size} and {head_dim}")
+        if guess_kernel < 0 or (guess_kernel and guess_kernel % 2 == 0):
+            raise ValueError(f"guess_kernel must be odd, or 0 for none, got {guess_kernel}")
         if len(depths) != num_blocks:
             raise ValueError(f"num_layers lists {len(depths)} depths for {num_blocks} blocks")
         self.num_tokens = (sample_size // patch_size) ** 2
@@ -292,6 +320,7 @@ class TarFlowModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 num_classes,
                 volume_preserving,
                 reverse=index % 2 == 1,
+                guess_kernel=guess_kernel,
             )
             for index, depth in enumerate(depths)
         )

@@ -10,8 +10,8 @@ the last block first. In the block's own token order the unknowns x obey
 - sequential: forward substitution with a preallocated KV cache, T - 1 network calls of one token;
 - Jacobi / Gauss-Seidel-Jacobi: the sequence is cut into modules; all tokens of a module are updated at once, `sweeps`
   times, while the modules before it stay fixed with their keys and values cached;
-- staggered: as before, but sweep k of a module shares a network call with sweep k - 1 of the next module, sweep k - 2 of
-  the one after, and so on, so that a window of `sweeps` modules slides over the sequence. Same work, fewer calls.
+- staggered: as before, but sweep k of a module shares a network call with sweep k - 1 of the next module, sweep k - 2
+  of the one after, and so on: a window of `sweeps` modules slides over the sequence. Same work, fewer calls.
 
 After k sweeps the first k tokens of a module are exact whatever the initial guess, so `sweeps` >= module length gives
 the sequential solution.
@@ -29,7 +29,7 @@ from diffusers.utils import BaseOutput
 from dit_suite.models.tarflow import LayerCache, TarFlowBlock, TarFlowModel
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 
-GUESSES = ("latent", "zero")
+GUESSES = ("latent", "zero", "linear")
 STOPPING = ("sample", "batch")
 DIVERGED = 1e6
 
@@ -68,7 +68,8 @@ class BlockStrategy:
     Attributes:
         modules: 0 (or T) for the sequential loop, 1 for Jacobi on the whole sequence, G for G modules.
         sweeps: updates per module at most.
-        guess: first iterate, "latent" (x = z) or "zero" (x = z_0, 0, 0, ...).
+        guess: first iterate: "latent" (x = z), "zero" (x = z_0, 0, 0, ...), or "linear" (the block's fitted
+            prediction of x from z, see `TarFlowBlock.initial_guess`).
         staggered: slide a window of `sweeps` modules instead of finishing module after module.
     """
 
@@ -279,6 +280,9 @@ class _Sweeper:
         self.found = system.latents.clone()
         if strategy.guess == "zero":
             self.found[:, 1:] = 0.0
+        elif strategy.guess == "linear":
+            guess = system.block.initial_guess(system.block.order(system.latents))
+            self.found[:, 1:] = system.block.order(guess)[:, 1:]
         # Nothing is read back from a cache when one module spans the sequence.
         self.caches = None if strategy.modules == 1 else system.new_caches()
         self.whole = strategy.modules == 1
@@ -404,7 +408,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
     Args:
         modules: per block, 0 sequential, 1 Jacobi, G modules.
         sweeps: per block, updates per module at most.
-        guesses: per block, "latent" or "zero".
+        guesses: per block, "latent", "zero" or "linear".
         staggered: per block, slide over the modules instead of finishing one after the other.
         tolerance: a sample leaves a module when the root mean square change of a sweep is at most this; negative: the
             number of sweeps is fixed. Staggered blocks have a fixed number.
@@ -474,6 +478,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         class_labels: torch.Tensor | None = None,
         guidance: FlowGuidance | None = None,
         strategy: BlockStrategy | None = None,
+        tolerance: float | None = None,
         progress: Callable[[int], None] = _ignore,
         should_stop: Callable[[], bool] = _never,
         return_dict: bool = True,
@@ -487,6 +492,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
             class_labels: `(batch,)` of classes >= 0, or None.
             guidance: off by default.
             strategy: instead of the planned one.
+            tolerance: instead of the configured one.
             progress: told the number of finished network calls.
             should_stop: asked before every network call.
 
@@ -508,7 +514,8 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
             if strategy.staggered and strategy.modules > 1:
                 _solve_staggered(sweeper, windows)
             else:
-                _solve_modules(sweeper, windows, self.config.tolerance, self.config.stopping)
+                limit = self.config.tolerance if tolerance is None else tolerance
+                _solve_modules(sweeper, windows, limit, self.config.stopping)
             found = sweeper.found
             if bool(sweeper.diverged.any()) and not trace.interrupted:
                 found = self._solve_again(block, sample, class_labels, guidance, sweeper, trace)

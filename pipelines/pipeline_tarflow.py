@@ -1,0 +1,304 @@
+"""Class to image with a TarFlow: noise is carried through the inverse of every block by the GS-Jacobi scheduler."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+
+from dit_suite.models.tarflow import TarFlowModel
+from dit_suite.schedulers.generators import randn_per_sample
+from dit_suite.schedulers.gs_jacobi import BlockStrategy, BlockTrace, FlowGuidance, GSJacobiScheduler
+from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+STRATEGIES = ("planned", "sequential", "jacobi", "gauss-seidel")
+DENOISE_ROWS = 16
+
+
+@dataclass
+class TarFlowPipelineOutput(BaseOutput):
+    """Pictures and how each block was solved.
+
+    Attributes:
+        images: list of PIL images, array `(batch, height, width, channels)` in [0, 1], or tensor.
+        blocks: one trace per block in sampling order (its tokens included), see `BlockTrace`.
+    """
+
+    images: Any
+    blocks: list[BlockTrace]
+
+
+class TarFlowPipeline(DiffusionPipeline):
+    """Generates pictures of classes with a normalizing flow on pixels.
+
+    Args:
+        transformer: the flow.
+        scheduler: its config is the strategy that the planner saved (`scripts/plan_tarflow.py`).
+        id2label: class id to name.
+    """
+
+    model_cpu_offload_seq = "transformer"
+    _callback_tensor_inputs = ["latents", "class_labels"]
+
+    def __init__(
+        self, transformer: TarFlowModel, scheduler: GSJacobiScheduler, id2label: dict[str, str] | None = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        names = None if id2label is None else {str(key): value for key, value in id2label.items()}
+        self.register_to_config(id2label=names)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @property
+    def num_classes(self) -> int:
+        return self.transformer.config.num_classes
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class ids by name (lower case)."""
+        return {name.strip().lower(): int(key) for key, name in (self.config.id2label or {}).items()}
+
+    def get_label_ids(self, labels: int | str | None | list[int | str | None]) -> list[int]:
+        """Class ids of names or ids; -1 for None ("no class").
+
+        Raises:
+            ValueError: a name is unknown, or an id is out of range.
+        """
+        given = list(labels) if isinstance(labels, (list, tuple)) else [labels]
+        if not given:
+            raise ValueError("class_labels must name at least one class")
+        return [self._label_id(label) for label in given]
+
+    def _label_id(self, label: int | str | None) -> int:
+        if label is None:
+            return -1
+        names = self.labels
+        if isinstance(label, str) and label.strip().lower() in names:
+            return names[label.strip().lower()]
+        if isinstance(label, str) and not label.strip().isdecimal():
+            close = difflib.get_close_matches(label.strip().lower(), names, n=3)
+            hint = f"; close names: {', '.join(close)}" if close else "" if names else "; this model has no names"
+            raise ValueError(f"there is no class {label!r}{hint}")
+        if isinstance(label, bool) or not isinstance(label, (int, str)):
+            raise ValueError(f"class_labels must be ids or names, got {label!r}")
+        if self.num_classes == 0:
+            raise ValueError(f"this model has no classes: class_labels must be None, got {label!r}")
+        value = int(label)
+        if not 0 <= value < self.num_classes:
+            raise ValueError(f"class_labels must lie between 0 and {self.num_classes - 1}, got {value}")
+        return value
+
+    def check_inputs(
+        self,
+        total: int,
+        num_images_per_prompt: int,
+        denoise_strength: float,
+        strategy: str,
+        sweeps: int,
+        modules: int,
+        tolerance: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_tensor_inputs: list[str],
+    ) -> None:
+        """Raises `ValueError` with one sentence for anything the call can't use."""
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        if not denoise_strength >= 0:
+            raise ValueError(f"denoise_strength must be at least 0, got {denoise_strength}")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        if sweeps < 1 or modules < 1:
+            raise ValueError(f"sweeps and modules must be at least 1, got {sweeps} and {modules}")
+        if not tolerance >= 0:
+            raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+        if isinstance(generator, list) and len(generator) != total:
+            raise ValueError(f"{len(generator)} generators were given for {total} pictures")
+        shape = self._latent_shape(total)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
+
+    def _latent_shape(self, total: int) -> tuple[int, int, int, int]:
+        config = self.transformer.config
+        return (total, config.in_channels, config.sample_size, config.sample_size)
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Float32 noise `(batch, channels, side, side)`; a list of generators draws row i from generator i."""
+        if latents is None:
+            if isinstance(generator, list):
+                latents = randn_per_sample(shape[1:], generator, device)
+            else:
+                noise_device = generator.device if generator is not None else device
+                latents = torch.randn(shape, generator=generator, device=noise_device, dtype=torch.float32)
+        return latents.to(device=device, dtype=torch.float32)
+
+    def block_strategies(self, strategy: str, sweeps: int, modules: int) -> list[BlockStrategy]:
+        """How each block is solved, in sampling order."""
+        count = len(self.transformer.blocks)
+        if strategy == "planned":
+            return [self.scheduler.strategy_of(block, count) for block in reversed(range(count))]
+        if strategy == "sequential":
+            return [BlockStrategy()] * count
+        return [BlockStrategy(1 if strategy == "jacobi" else modules, sweeps)] * count
+
+    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Pictures from a state `(batch, channels, side, side)`: the final one, or a preview after any block."""
+        return self.image_processor.postprocess(latents, output_type=output_type)
+
+    def denoise(
+        self, latents: torch.Tensor, class_labels: torch.Tensor | None, denoise_strength: float
+    ) -> torch.Tensor:
+        """Score step on the final state, a few rows at a time (it backpropagates through the whole flow)."""
+        parts = []
+        for start in range(0, len(latents), DENOISE_ROWS):
+            rows = slice(start, start + DENOISE_ROWS)
+            labels = None if class_labels is None else class_labels[rows]
+            parts.append(self.transformer.denoise(latents[rows], labels, denoise_strength))
+        return torch.cat(parts)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | None | list[int | str | None] = None,
+        guidance_scale: float = 1.0,
+        denoise_strength: float = 1.0,
+        strategy: str = "planned",
+        sweeps: int = 16,
+        modules: int = 8,
+        tolerance: float = 0.0,
+        guidance_parameters: str = "ab",
+        attention_temperature: float = 1.0,
+        annealed_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> TarFlowPipelineOutput | tuple:
+        """Generates pictures. One step is one block; the progress bar counts network calls.
+
+        Args:
+            class_labels: class id or name, or one per picture; None is "no class".
+            guidance_scale: 1 + the weight w of the TarFlow paper; 1 or less turns guidance off.
+            denoise_strength: share of the training noise that the final score step removes; 0 skips the step.
+            strategy: "planned" (the scheduler's), "sequential", "jacobi" (whole sequence) or "gauss-seidel".
+            sweeps, modules, tolerance: for "jacobi" and "gauss-seidel", the same for every block; a sample leaves a
+                module when the root mean square change of a sweep is within `tolerance`.
+            guidance_parameters: "ab", "a" (log-scale only) or "b" (shift only).
+            attention_temperature: attention temperature of the weaker branch; what guides a model without classes.
+            annealed_guidance: the guidance weight grows linearly over the tokens of a block.
+            num_images_per_prompt: pictures per label.
+            generator: one generator, or one per picture (row i is then a function of generator i alone).
+            latents: noise `(batch, channels, side, side)` instead of drawing it.
+            output_type: "pil", "np", "pt", or "latent" for the state after the last block, not denoised.
+            return_dict: `TarFlowPipelineOutput`, or the tuple `(images,)`.
+            callback_on_step_end: called as `callback(pipe, block_number, block_index, tensors)` after every block;
+                `pipe.decode(tensors["latents"])` is a preview. Setting `pipe._interrupt` stops before the next call
+                of the network.
+            callback_on_step_end_tensor_inputs: names among `latents`, `class_labels`.
+
+        Raises:
+            ValueError: an argument is out of range or does not fit the model.
+            FloatingPointError: a block overflowed (guidance too strong).
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        ids = [label for label in self.get_label_ids(class_labels) for _ in range(num_images_per_prompt)]
+        total = len(ids)
+        self.check_inputs(
+            total, num_images_per_prompt, denoise_strength, strategy, sweeps, modules, tolerance, generator, latents,
+            output_type, callback_inputs,
+        )  # fmt: skip
+        FlowGuidance(guidance_scale - 1.0, guidance_parameters, attention_temperature, annealed_guidance)
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        device, count = self._execution_device, len(self.transformer.blocks)
+        class_labels = torch.tensor(ids, device=device) if self.num_classes else None
+        self.scheduler.set_timesteps(count, device=device)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        strategies = self.block_strategies(strategy, sweeps, modules)
+        limit = None if strategy == "planned" else tolerance
+        latents = self.prepare_latents(self._latent_shape(total), device, generator, latents)
+        latents = self.transformer.unpatchify(
+            self.transformer.patchify(latents) * self.transformer.var.to(device, torch.float32).sqrt()
+        )
+        calls = sum(len(each.windows(self.transformer.num_tokens)) for each in strategies)
+        run, traces = Run(), []
+        denoising = output_type != "latent" and denoise_strength > 0
+        num_steps = count + int(denoising)
+
+        with self.progress_bar(total=calls) as progress_bar:
+            for index, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                guidance = FlowGuidance(
+                    self._guidance_scale - 1.0, guidance_parameters, attention_temperature, annealed_guidance
+                )
+                block = int(timestep)
+                with publish_step(StepContext(index, num_steps, float(block), run=run)):
+                    trace = self.scheduler.step(
+                        self.transformer.blocks[block],
+                        block,
+                        self.transformer.patchify(latents),
+                        class_labels,
+                        guidance,
+                        strategies[index],
+                        limit,
+                        progress=progress_bar.update,
+                        should_stop=lambda: self.interrupt,
+                    )
+                traces.append(trace)
+                latents = self.transformer.unpatchify(trace.prev_sample)
+                if callback_on_step_end is not None:
+                    tensors = {}
+                    for name in callback_inputs:
+                        tensors[name] = locals()[name]
+                    replaced = callback_on_step_end(self, index, timestep, tensors) or {}
+                    latents = replaced.pop("latents", latents)
+                    class_labels = replaced.pop("class_labels", class_labels)
+
+        if denoising and not self.interrupt:
+            with publish_step(StepContext(count, num_steps, 0.0, run=run)):
+                latents = self.denoise(latents, class_labels, denoise_strength)
+        images = latents if output_type == "latent" else self.decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return TarFlowPipelineOutput(images=images, blocks=traces) if return_dict else (images,)

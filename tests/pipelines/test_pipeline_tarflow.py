@@ -1,0 +1,200 @@
+"""TarFlow pipeline: same pictures for every solver, per-sample purity, callbacks, interruption, saving, messages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dit_suite import load_pipeline
+from dit_suite.call_options import TarFlowOptions
+from dit_suite.options import fields_of
+from dit_suite.pipelines.pipeline_tarflow import TarFlowPipeline
+from dit_suite.schedulers.generators import sample_generators
+from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler
+from dit_suite.schedulers.step_plan import current_step
+from tests.models.test_tarflow import tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tiny_pipe(scheduler: GSJacobiScheduler | None = None, **changes) -> TarFlowPipeline:
+    model = tiny_model(**{"in_channels": 3, "spread": 0.2, **changes})
+    names = {index: f"style/{name}" for index, name in enumerate(("cat", "dog", "sun")[: model.config.num_classes])}
+    pipe = TarFlowPipeline(model, scheduler or GSJacobiScheduler([0, 1, 3], [1, 3, 2]), id2label=names)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, labels=(0, 1, 2), seed=0, **given) -> np.ndarray:
+    generators = sample_generators(seed, range(len(labels)))
+    return pipe(list(labels), generator=generators, output_type="np", return_dict=False, **given)[0]
+
+
+def test_solvers_agree_when_run_to_the_end():
+    pipe = tiny_pipe()
+    exact = run(pipe, strategy="sequential")
+    assert exact.std() > 0.05
+    np.testing.assert_allclose(run(pipe, strategy="jacobi", sweeps=9), exact, atol=2e-5)
+    np.testing.assert_allclose(run(pipe, strategy="gauss-seidel", modules=4, sweeps=3), exact, atol=2e-5)
+    planned = run(pipe)
+    assert 1e-6 < np.abs(planned - exact).max() < 0.2
+
+
+def test_guidance_reaches_the_solver():
+    pipe = tiny_pipe()
+    plain = run(pipe, strategy="sequential")
+    guided = run(pipe, strategy="sequential", guidance_scale=2.0)
+    assert np.abs(plain - guided).max() > 1e-3
+    assert np.array_equal(plain, run(pipe, strategy="sequential", guidance_scale=1.0, annealed_guidance=False))
+    np.testing.assert_allclose(run(pipe, strategy="jacobi", sweeps=9, guidance_scale=2.0), guided, atol=5e-5)
+
+
+def test_a_sample_is_a_function_of_its_generator_alone():
+    pipe = tiny_pipe(GSJacobiScheduler([0, 1, 3], [1, 5, 2], tolerance=1e-2))
+    together = run(pipe, (0, 1, 2, 0))
+    for i, label in enumerate((0, 1, 2, 0)):
+        alone = pipe([label], generator=sample_generators(0, [i]), output_type="np", return_dict=False)[0]
+        np.testing.assert_allclose(alone[0], together[i], atol=1e-5)
+
+
+def test_denoising_is_the_last_step_and_optional():
+    pipe = tiny_pipe()
+    raw = pipe([1], generator=sample_generators(0, [0]), output_type="latent").images
+    noisy = pipe([1], generator=sample_generators(0, [0]), output_type="pt", denoise_strength=0.0).images
+    torch.testing.assert_close(noisy, raw.clamp(-1, 1) / 2 + 0.5)
+    clean = pipe([1], generator=sample_generators(0, [0]), output_type="pt").images
+    wanted = pipe.transformer.denoise(raw, torch.tensor([1]))
+    torch.testing.assert_close(clean, wanted.clamp(-1, 1) / 2 + 0.5)
+    assert (clean - noisy).abs().max() > 1e-4
+
+
+def test_output_says_how_each_block_was_solved():
+    output = tiny_pipe()([0], generator=torch.Generator().manual_seed(0))
+    assert [trace.block for trace in output.blocks] == [2, 1, 0]
+    assert [trace.calls for trace in output.blocks] == [8, 3, 6]
+    assert output.blocks[1].residual_rms().shape == (3, 1)
+    assert output.images[0].size == (6, 6)
+
+
+def test_callback_previews_and_replacement():
+    pipe, seen = tiny_pipe(), []
+
+    def watch(p, number, block, tensors):
+        seen.append((number, int(block), tensors["latents"].shape, len(p.decode(tensors["latents"], "pil"))))
+        if number == p.num_timesteps - 1:
+            return {"latents": torch.zeros_like(tensors["latents"])}
+        return {}
+
+    images = pipe([0, 1], output_type="latent", callback_on_step_end=watch).images
+    assert images.abs().max() == 0
+    assert seen == [(i, 2 - i, (2, 3, 6, 6), 2) for i in range(3)]
+
+
+def test_interruption_between_blocks_and_within_a_block():
+    pipe, calls = tiny_pipe(), []
+    pipe.transformer.blocks[1].proj_in.register_forward_pre_hook(lambda m, a: calls.append(current_step().step_index))
+
+    def stop(p, number, block, tensors):
+        p._interrupt = True
+        return {}
+
+    pipe([0], callback_on_step_end=stop)
+    assert calls == []
+
+    def stop_inside(module, args):
+        pipe._interrupt = True
+
+    handle = pipe.transformer.blocks[1].proj_in.register_forward_pre_hook(stop_inside)
+    output = pipe([0])
+    handle.remove()
+    assert calls == [1] and output.blocks[-1].interrupted and len(output.blocks) == 2
+    pipe([0], denoise_strength=0.0)
+    assert calls == [1] + [1] * 3
+    pipe([0])
+    assert calls[4:] == [1] * 3 + [3]
+
+
+def test_progress_counts_network_calls(capsys):
+    pipe = tiny_pipe()
+    pipe.set_progress_bar_config(disable=False)
+    pipe([0], strategy="jacobi", sweeps=20, tolerance=1e-3)
+    assert "60/60" in capsys.readouterr().err
+
+
+def test_labels_by_name_and_unconditional_models():
+    pipe = tiny_pipe()
+    generators = sample_generators(4, [0])
+    by_name = pipe("Style/Dog", generator=generators, output_type="np").images
+    assert np.array_equal(by_name, run(pipe, (1,), seed=4))
+    none = run(pipe, (None,), seed=4)
+    assert np.abs(none - by_name).max() > 1e-4
+    free = tiny_pipe(num_classes=0)
+    assert free(num_images_per_prompt=2, output_type="np").images.shape == (2, 6, 6, 3)
+    with pytest.raises(ValueError, match="no classes"):
+        free([1])
+
+
+def test_given_latents():
+    pipe = tiny_pipe()
+    noise = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    before = noise.clone()
+    images = pipe([0, 1], latents=noise, output_type="latent", strategy="sequential").images
+    assert torch.equal(noise, before)
+    tokens = pipe.transformer(images, torch.tensor([0, 1])).latents
+    torch.testing.assert_close(pipe.transformer.unpatchify(tokens), noise, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"class_labels": [3]}, "between 0 and 2, got 3"),
+        ({"class_labels": ["style/cta"]}, "close names: style/cat"),
+        ({"class_labels": []}, "at least one class"),
+        ({"class_labels": [1.5]}, "ids or names"),
+        ({"strategy": "fast"}, "strategy must be one of"),
+        ({"sweeps": 0}, "at least 1"),
+        ({"tolerance": -1.0}, "tolerance"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1"),
+        ({"latents": torch.zeros(1, 3, 8, 8)}, r"shape \(1, 3, 6, 6\)"),
+        ({"output_type": "jpg"}, "output_type"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt|at least one"),
+        ({"attention_temperature": 0.0}, "temperature"),
+        ({"guidance_parameters": "ac"}, "letters a and b"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "not noise"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(given, message):
+    pipe = tiny_pipe()
+    pipe.transformer.blocks[2].proj_in.register_forward_pre_hook(lambda m, a: pytest.fail("the network ran"))
+    with pytest.raises(ValueError, match=message) as caught:
+        pipe(**{"class_labels": [0], **given})
+    assert "\n" not in str(caught.value)
+
+
+def test_options_are_arguments_of_the_call():
+    import inspect
+
+    parameters = inspect.signature(TarFlowPipeline.__call__).parameters
+    for field in fields_of(TarFlowOptions):
+        assert parameters[field.name].default == field.default, field.name
+    assert TarFlowOptions.condition in parameters
+
+
+def test_save_and_load_in_a_new_process_gives_the_same_picture(tmp_path):
+    pipe = tiny_pipe()
+    pipe.save_pretrained(tmp_path)
+    wanted = run(load_pipeline(tmp_path))
+    np.testing.assert_allclose(wanted, run(pipe), atol=1e-6)
+    script = (
+        "import sys, numpy as np\n"
+        "from dit_suite import load_pipeline, sample_generators\n"
+        "pipe = load_pipeline(sys.argv[1])\n"
+        "out = pipe([0, 1, 2], generator=sample_generators(0, range(3)), output_type='np', return_dict=False)[0]\n"
+        "np.save(sys.argv[2], out)\n"
+    )
+    target = tmp_path / "out.npy"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(target)], check=True, cwd=ROOT)
+    assert np.array_equal(np.load(target), wanted)
