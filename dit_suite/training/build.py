@@ -1,6 +1,7 @@
 """From a config to objects: the network, its processes, the optimizer, the pipeline that saves it."""
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from diffusers.models.embeddings import LabelEmbedding
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dit_suite.registry import TECHNIQUES, acceleration, resolve, technique
@@ -65,6 +67,10 @@ def build_network(config: TrainConfig) -> torch.nn.Module:
         if missing or unexpected:
             first = (missing or unexpected)[0]
             raise ValueError(f"the weights in {folder} do not fit {config.model.name}: {first}")
+    for module in network.modules():
+        # diffusers' DiT owns one label embedder per block and each would drop labels on its own
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
     if config.run.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     return network.train()
@@ -138,10 +144,20 @@ def make_optimizer(network: torch.nn.Module, section: OptimizerSection, device: 
     )
 
 
-def make_pipeline(config: TrainConfig, network: torch.nn.Module) -> Any:
-    """The registry's pipeline around the network; `config.pipeline` holds further constructor arguments."""
+def make_pipeline(config: TrainConfig, network: torch.nn.Module, class_names: Mapping[int, str] | None = None) -> Any:
+    """The registry's pipeline around the network.
+
+    Args:
+        config: its `pipeline` holds further constructor arguments.
+        network: the transformer.
+        class_names: kept as `id2label` by a pipeline that has such an argument.
+
+    Raises:
+        ValueError: the pipeline does not take one of the arguments.
+    """
     cls = technique(config.technique).pipeline_class()
-    given = {"transformer": network, "scheduler": construct(config.scheduler), **config.pipeline}
+    names = {"id2label": {str(key): value for key, value in class_names.items()}} if class_names else {}
+    given = {"transformer": network, "scheduler": construct(config.scheduler), **names, **config.pipeline}
     known = inspect.signature(cls.__init__).parameters
     for key in config.pipeline:
         if key not in known:

@@ -1,8 +1,8 @@
 """The trained pipeline as a folder that `load_pipeline` opens, and sample grids on the way."""
 
-import dataclasses
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ from dit_suite.training.build import construct, make_pipeline
 from dit_suite.training.config import TrainConfig
 
 
-def export(config: TrainConfig, tensors: dict[str, torch.Tensor], target: Path, about: dict[str, Any]) -> Path:
+def export(
+    config: TrainConfig,
+    tensors: dict[str, torch.Tensor],
+    target: Path,
+    about: dict[str, Any],
+    class_names: Mapping[int, str] | None = None,
+) -> Path:
     """Writes the pipeline with these weights (safetensors in small shards) and `training.json` with the config.
 
     Args:
@@ -28,10 +34,11 @@ def export(config: TrainConfig, tensors: dict[str, torch.Tensor], target: Path, 
         tensors: whole state dict of the network.
         target: folder to write; replaced as a whole.
         about: steps, losses and the like.
+        class_names: of the data set.
     """
-    fresh = construct(dataclasses.replace(config.model))
+    fresh = construct(config.model)
     fresh.load_state_dict(tensors)
-    pipe = make_pipeline(config, fresh.eval())
+    pipe = make_pipeline(config, fresh.eval(), class_names)
     with replacing_folder(target) as folder:
         pipe.save_pretrained(folder, max_shard_size=SHARD_SIZE, safe_serialization=True)
         write_json(folder / "training.json", {"config": config.to_dict(), **about})

@@ -1,7 +1,6 @@
 """The training loop: one for every network, objective and number of processes."""
 
 import contextlib
-import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -307,7 +306,7 @@ class Trainer:
         target = self.config.output / "checkpoint"
         if self.accelerator.is_main_process:
             about = {"steps": self.progress.step, "planned_steps": self.progress.total, "last_loss": last}
-            export(dataclasses.replace(self.config), tensors, target, about)
+            export(self.config, tensors, target, about, self.source.class_names)
             self.report(f"wrote {target}")
         self.accelerator.wait_for_everyone()
         monitor.close()
