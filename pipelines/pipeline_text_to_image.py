@@ -4,12 +4,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    PixArtTransformer2DModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
+from dit_suite.models.pt_dit import PTDiTTransformer3DModel
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
 from dit_suite.schedulers.generators import randn_per_sample
 from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
@@ -39,11 +48,11 @@ class TextToImagePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     def __init__(
         self,
-        transformer: ModelMixin,
+        transformer: PixArtTransformer2DModel | PTDiTTransformer3DModel | ModelMixin,
         scheduler: Any,
         text_encoder: Any = None,
         tokenizer: Any = None,
-        vae: Any = None,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None = None,
         prediction_type: str = "epsilon",
         max_sequence_length: int = 300,
         text_encoder_source: dict[str, Any] | None = None,

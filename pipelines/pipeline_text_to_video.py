@@ -5,13 +5,13 @@ from typing import Any
 
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKLWan, DiffusionPipeline, ModelMixin, WanTransformer3DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import WanLoraLoaderMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.video_processor import VideoProcessor
-from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
 
+from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
 from dit_suite.schedulers.generators import randn_per_sample
 from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
@@ -42,15 +42,15 @@ class TextToVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
 
     def __init__(
         self,
-        transformer: ModelMixin,
+        transformer: WanTransformer3DModel | ModelMixin,
         scheduler: Any,
         text_encoder: Any = None,
         tokenizer: Any = None,
-        vae: Any = None,
-        transformer_2: ModelMixin | None = None,
+        vae: AutoencoderKLWan | None = None,
+        transformer_2: WanTransformer3DModel | None = None,
         boundary_ratio: float | None = None,
         prediction_type: str = "flow_prediction",
-        sample_size: tuple = (81, 480, 832),
+        sample_size: list | tuple = (81, 480, 832),
         max_sequence_length: int = 512,
         text_encoder_source: dict[str, Any] | None = None,
         expand_timesteps: bool = False,
