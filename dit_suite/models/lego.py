@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import CacheMixin, ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
@@ -114,7 +114,7 @@ class LegoBrick(nn.Module):
         return unpatchify(tokens, grid[1], grid[2], self.patch_size)
 
 
-class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, CacheMixin):
+class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin):
     """The chain of bricks.
 
     Args:
@@ -131,7 +131,7 @@ class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LegoBrick"]
     _repeated_blocks = ["AdaLNZeroBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "time_embed"]
 
     @register_to_config
     def __init__(
