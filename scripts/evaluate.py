@@ -3,12 +3,13 @@
     python scripts/evaluate.py --samples outputs/run --reference emoji64-heldout --metrics fd,kid
     python scripts/evaluate.py --samples fast --baseline slow --reference emoji64-heldout --metrics fd,kid,psnr,ssim
     python scripts/evaluate.py --samples a.npz --reference b.npz --metrics fid50k,is --features inception
-    accelerate launch --num_processes 2 scripts/evaluate.py --generate --pipeline pixart --prompts-file prompts.txt \\
-        --num-samples 1000 --reference emoji64-heldout --metrics kid
+    accelerate launch --num_processes 2 scripts/evaluate.py --generate --pipeline pixart \\
+        --conditions-from DATA.parquet:heldout+pairs --reference emoji64-heldout --metrics kid
     python scripts/evaluate.py --samples DATA.parquet:train --save-statistics train.npz --compact
 
-Each side is a folder of pictures, an npz with `arr_0`, DATA.parquet[:split[+split]], or a statistics file (which has no
-pictures, so no per-pair metrics). With --generate, flags that are not listed here go to sample.py's parser.
+Each side is a folder of pictures, an npz with `arr_0`, DATA.parquet[:SPLIT[+SPLIT][,COLUMN=VALUE[+VALUE]]], or a
+statistics file (which has no pictures, so no per-pair metrics). With --generate, flags that are not listed here go to
+sample.py's parser.
 """
 
 import argparse
@@ -32,6 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     sides = parser.add_argument_group("what is compared")
     sides.add_argument("--samples", help="the run to score")
     sides.add_argument("--generate", action="store_true", help="make the samples now, with sample.py's flags")
+    sides.add_argument("--conditions-from", metavar="DATA.parquet[:SPLIT]",
+                       help="with --generate: sample i asks for the caption or class of row i")  # fmt: skip
     sides.add_argument("--reference", help="real samples, or the name of bundled statistics (--list-references)")
     sides.add_argument("--baseline", help="another run of the same seeds: per-pair metrics and a paired verdict")
     sides.add_argument("--train-set", help="training samples: nearest-neighbour distances (memorisation)")
@@ -73,11 +76,28 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Any]:
               for part in ("--" + name.replace("_", "-"), str(getattr(args, name)))]  # fmt: skip
     from scripts.sample import job_from_arguments
 
-    _, job, indices = job_from_arguments([*rest, *shared, f"--output={os.devnull}"])
+    asked = [] if args.conditions_from is None else conditions_from(args.conditions_from, rest)
+    _, job, indices = job_from_arguments([*rest, *asked, *shared, f"--output={os.devnull}"])
     if indices is not None:
         raise ValueError("--from-image belongs to sample.py, not to --generate")
     args.num_samples = args.num_samples if args.num_samples is not None else len(job.conditions)
     return args, job
+
+
+def conditions_from(text: str, rest: list[str]) -> list[str]:
+    """The flags that ask for one sample per row of a data set, in the words that the model takes."""
+    from dit_suite.checkpoints import find_checkpoint
+    from dit_suite.evaluation.datasets import conditions_of
+    from dit_suite.registry import technique
+    from scripts.sample import build_parser as sample_parser
+
+    known, _ = sample_parser(None).parse_known_args([*rest, f"--output={os.devnull}"])
+    if known.pipeline is None and known.model is None:
+        raise ValueError("give --pipeline or --model")
+    row = technique(known.pipeline) if known.pipeline else find_checkpoint(known.model).technique
+    kind = row.options_class().condition
+    flag = {"prompt": "--prompts", "class_labels": "--class-labels"}.get(kind, "")
+    return [flag, *conditions_of(text, kind)]
 
 
 def open_side(text: str | None, args: argparse.Namespace, expected: int | None = None) -> Any:

@@ -288,7 +288,11 @@ class Evaluation:
                     reference.features, count, self._distance(kind), self.options.statistics_seed
                 )
             else:
-                part = FeatureSet(floor.tag, FeatureStatistics.of(floor.features[:count]), floor.features[:count])
+                order = torch.randperm(
+                    floor.count, generator=torch.Generator().manual_seed(self.options.statistics_seed)
+                )
+                drawn = floor.features[order[:count]]
+                part = FeatureSet(floor.tag, FeatureStatistics.of(drawn), drawn)
                 value, n = self._value(kind, part, reference), part.count
             name = next(name for name in report.metrics if name.startswith(result_name(kind, self.extractor)))
             report.floor[name] = {"value": value, "n": n, "against": reference.count if floor else reference.count - n}

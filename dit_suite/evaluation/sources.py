@@ -15,6 +15,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from PIL import Image
 
+from dit_suite.evaluation.datasets import parse_dataset, read_dataset
 from dit_suite.video import read_video
 
 if TYPE_CHECKING:
@@ -193,33 +194,21 @@ class ParquetSource:
     """Pictures of a data set that `prepare_data.py` wrote: a parquet with encoded pictures in the column `image`.
 
     Args:
-        path: the parquet file.
-        splits: keep the rows whose column `split` has one of these values; empty keeps all.
+        text: the file and the choice of rows, see `datasets.parse_dataset`.
 
     Raises:
         ValueError: not a parquet of pictures, an unknown split, a damaged picture, or pictures of different sizes.
     """
 
-    def __init__(self, path: str | Path, splits: Sequence[str] = ()):
-        from dit_suite.data.tables import read_rows
-
-        self.splits = tuple(splits)
-        rows = read_rows(Path(path), ["image", "split"] if splits else ["image"])
-        known = {row.get("split") for row in rows}
-        for split in splits:
-            if split not in known:
-                raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted(known))}")
+    def __init__(self, text: str):
+        path, self.where = parse_dataset(text)
         pictures = []
-        for number, row in enumerate(rows):
-            if splits and row["split"] not in splits:
-                continue
+        for number, row in enumerate(read_dataset(path, self.where, ["image"])):
             try:
                 with Image.open(io.BytesIO(row["image"])) as image:
                     pictures.append(np.asarray(image.convert("RGB")))
             except (OSError, SyntaxError, TypeError) as error:
                 raise ValueError(f"picture {number} of {path} is damaged: {error}") from error
-        if not pictures:
-            raise ValueError(f"{path} holds no rows")
         if len({picture.shape for picture in pictures}) > 1:
             raise ValueError(f"{path} holds pictures of different sizes")
         self.array = np.stack(pictures)
@@ -232,7 +221,7 @@ class ParquetSource:
         return self.array[list(indices)]
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "parquet", "splits": list(self.splits)}
+        return {"kind": "parquet", "where": {column: list(values) for column, values in self.where.items()}}
 
 
 class GeneratedSource:
@@ -288,14 +277,13 @@ def open_source(text: str | Path, expected: int | None = None, clips: bool = Fal
         FileNotFoundError: there is nothing of that name.
         ValueError: see the classes.
     """
-    path, _, splits = str(text).partition(".parquet:")
-    location = Path(f"{path}.parquet") if splits else Path(text)
+    if ".parquet" in str(text):
+        return ParquetSource(str(text))
+    location = Path(text)
     if not location.exists():
         raise FileNotFoundError(f"there is no {location}")
     if location.is_dir():
         return FolderSource(location, expected, clips)
     if location.suffix == ".npz":
         return NpzSource(location, expected)
-    if location.suffix == ".parquet":
-        return ParquetSource(location, splits.split("+") if splits else ())
     raise ValueError(f"{location} is neither a folder, nor an npz, nor a parquet file")
