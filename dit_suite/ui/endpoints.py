@@ -70,7 +70,7 @@ def build_endpoints(engine: Engine, offers: list[Offer]) -> None:
 
 def _generate_endpoint(engine: Engine, offers: dict[str, Offer], media: str) -> None:
     def generate(
-        prompt: str, model: str, seed: float, count: float, options: Any, progress: gr.Progress = gr.Progress()  # noqa: B008
+        prompt: str, model: str, seed: float, count: float, options: Any, progress: gr.Progress = gr.Progress()
     ) -> Iterator[tuple]:  # fmt: skip
         try:
             yield from run_request(engine, offers, prompt, model, seed, count, options, progress)

@@ -109,6 +109,7 @@ class GenerateTab:
                 else:
                     yield (gr.skip(),) * 4
         except (ValueError, FileNotFoundError, RuntimeError) as error:
+            yield gr.skip(), None, f"Not done: {error}", gr.skip()
             raise gr.Error(str(error), print_exception=False) from error
         finally:
             stop.set()
@@ -232,12 +233,11 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
         return [gr.update(visible=text), labels, *shown]
 
     def on_generate(
-        model: str, prompt: str, label: Any, seed: Any, count: Any, scheduler: str, *values: Any,
-        request: gr.Request, progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> Iterator[tuple]:  # fmt: skip
-        yield from tab.generate(
-            model, prompt, label, seed, count, scheduler, *values, request=request, progress=progress
-        )
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),
+        *values: Any,
+    ) -> Iterator[tuple]:
+        yield from tab.generate(*values, request=request, progress=progress)
 
     inputs = [model, prompt, label, seed, count, scheduler, *tab.all_controls()]
     model.change(on_model, [model], [prompt, label, *groups.values()], api_visibility="private", queue=False)

@@ -51,7 +51,10 @@ def build_page(settings: ServerSettings) -> gr.Blocks:
                         buttons=["download", "fullscreen"],
                     )
                     refresh = gr.Button("Refresh")
-                    show = lambda: history(settings.output.resolve())  # noqa: E731
+
+                    def show() -> list[str]:
+                        return history(settings.output.resolve())
+
                     for trigger in (tab.select, refresh.click, page.load):
                         trigger(show, None, [gallery], api_visibility="private", queue=False)
         build_endpoints(engine, available)

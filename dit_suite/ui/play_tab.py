@@ -1,0 +1,247 @@
+"""The Play tab: buttons and keyboard in, frames out."""
+
+import json
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from dit_suite.schedulers.speculative import MODES
+from dit_suite.ui.play import Player, PlayOptions, PlaySession, enlargement, keys_of_actions
+
+_KEYS = """
+() => {
+  if (window.ditSuiteKeys) return;
+  window.ditSuiteKeys = true;
+  const word = {ArrowUp: "up", KeyW: "up", ArrowDown: "down", KeyS: "down", ArrowLeft: "left", KeyA: "left",
+                ArrowRight: "right", KeyD: "right"};
+  const held = new Set();
+  let last = "";
+  const press = () => {
+    const table = document.querySelector("#play-keys [data-keys]");
+    if (!table) return;
+    const combinations = JSON.parse(table.dataset.keys);
+    let best = -1, size = -1;
+    combinations.forEach((keys, index) => {
+      if (keys.length > size && keys.every(k => held.has(k))) { best = index; size = keys.length; }
+    });
+    if (best < 0 || String(best) === last) return;
+    const button = document.querySelector(`#play-action-${best}`);
+    if (button) { last = String(best); (button.querySelector("button") || button).click(); }
+  };
+  const active = event => {
+    const tag = (event.target.tagName || "").toLowerCase();
+    const stage = document.querySelector("#play-stage");
+    return word[event.code] && stage && stage.offsetParent !== null && tag !== "input" && tag !== "textarea";
+  };
+  document.addEventListener("keydown", event => {
+    if (!active(event)) return;
+    event.preventDefault();
+    if (!held.has(word[event.code])) { held.add(word[event.code]); press(); }
+  });
+  document.addEventListener("keyup", event => {
+    if (!word[event.code]) return;
+    held.delete(word[event.code]);
+    if (active(event)) { event.preventDefault(); press(); }
+  });
+  window.addEventListener("blur", () => { held.clear(); press(); });
+}
+"""
+
+
+@dataclass
+class PlayContext:
+    """What the tab needs from the app.
+
+    Attributes:
+        models: names of the checkpoints that can be played, the first is shown at once.
+        output: folder for recordings.
+        device: torch device.
+        max_visitors: games that may run at once.
+        lock: held while a network runs; give the app's own so that playing and generating take turns.
+    """
+
+    models: tuple[str, ...]
+    output: Path
+    device: str = "cpu"
+    max_visitors: int = 4
+    lock: Any = field(default_factory=threading.Lock)
+
+
+class PlayRooms:
+    """The games of all visitors, by Gradio session; models are opened once and shared."""
+
+    def __init__(self, context: PlayContext):
+        self.context = context
+        self._pipes: dict[str, tuple[Any, str]] = {}
+        self._players: dict[str, Player] = {}
+        self._models: dict[str, str] = {}
+
+    def pipe(self, model: str) -> tuple[Any, str]:
+        """The pipeline of a checkpoint on offer and the hash of its weights.
+
+        Raises:
+            ValueError: the model is not on offer.
+        """
+        if model not in self.context.models:
+            raise ValueError(f"model must be one of {', '.join(self.context.models)}, got {model!r}")
+        if model not in self._pipes:
+            from dit_suite.checkpoints import find_checkpoint, open_pipeline
+
+            checkpoint = find_checkpoint(model)
+            pipe = open_pipeline(checkpoint, device=self.context.device)
+            self._pipes[model] = pipe, checkpoint.weights_sha256
+        return self._pipes[model]
+
+    def start(self, visitor: str, model: str, options: PlayOptions) -> Player:
+        """A new game for this visitor; the one under way ends.
+
+        Raises:
+            ValueError: too many games are running.
+        """
+        self.stop(visitor)
+        running = sum(not player.stopped.is_set() for player in self._players.values())
+        if running >= self.context.max_visitors:
+            raise ValueError(f"{running} games are running; try again when one has ended")
+        player = Player(PlaySession(self.pipe(model)[0], options, self.context.lock))
+        self._players[visitor], self._models[visitor] = player, model
+        return player
+
+    def hold(self, visitor: str, action: int) -> None:
+        """The action that counts from the next frame on."""
+        if visitor in self._players:
+            self._players[visitor].held = action
+
+    def stop(self, visitor: str) -> None:
+        """Ends the visitor's game; it can still be saved."""
+        if visitor in self._players:
+            self._players[visitor].stopped.set()
+
+    def forget(self, visitor: str) -> None:
+        """Ends the game and drops it."""
+        self.stop(visitor)
+        self._players.pop(visitor, None)
+
+    def save(self, visitor: str) -> Path:
+        """Writes the visitor's game as MP4.
+
+        Raises:
+            ValueError: nothing has been played.
+        """
+        player = self._players.get(visitor)
+        if player is None or not player.session.actions:
+            raise ValueError("play first, then save")
+        model = self._models[visitor]
+        path = self.context.output / f"play-{secrets.token_hex(6)}.mp4"
+        return player.session.save(path, model, self.pipe(model)[1])
+
+
+def enlarge(picture: np.ndarray) -> Image.Image:
+    """A frame as shown on the page: about 256 pixels high, hard pixel edges."""
+    scale = enlargement(picture.shape[0])
+    return Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1))
+
+
+def _choices(pipe: Any) -> list[str]:
+    frames = pipe.start_frames()
+    return ["dream one"] if frames is None else [str(i) for i in range(len(frames))] + ["dream one"]
+
+
+def build_play_tab(context: PlayContext) -> PlayRooms:
+    """Adds the controls to the tab that is open. The first model is opened to learn its actions.
+
+    Raises:
+        ValueError: no model is given.
+    """
+    if not context.models:
+        raise ValueError("the Play tab needs at least one model")
+    rooms = PlayRooms(context)
+    pipe, _ = rooms.pipe(context.models[0])
+    defaults = PlayOptions(frames_per_second=pipe.config.fps)
+    with gr.Row():
+        with gr.Column(scale=2, elem_id="play-stage"):
+            screen = gr.Image(label="Game", format="jpeg", height=320, interactive=False, buttons=[])
+            figures = gr.Markdown("Press Play, then use the arrow keys, WASD or the buttons.")
+            with gr.Row():
+                start = gr.Button("Play", variant="primary", elem_id="play-start")
+                stop = gr.Button("Stop")
+                save = gr.Button("Save MP4")
+            saved = gr.File(label="Recording", interactive=False, visible=False)
+        with gr.Column(scale=1):
+            model = gr.Dropdown(list(context.models), value=context.models[0], label="Model")
+            begin = gr.Dropdown(_choices(pipe), value=_choices(pipe)[0], label="Start frame")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+            steps = gr.Slider(1, 20, value=pipe.config.default_steps, step=1, label="Passes per frame")
+            speed = gr.Slider(1, 60, value=defaults.frames_per_second, step=1, label="Frames per second")
+            speculation = gr.Radio(list(MODES), value=defaults.speculation, label="Speculation")
+            draft = gr.Slider(1, 8, value=defaults.draft_length, step=1, label="Longest draft")
+            adaptive = gr.Checkbox(defaults.adaptive_draft, label="Draft length follows the player")
+
+    def play(
+        model: str, begin: str, seed: float, steps: float, speed: float, speculation: str, draft: float,
+        adaptive: bool, request: gr.Request,
+    ) -> Iterator[tuple[Any, str]]:  # fmt: skip
+        try:
+            options = PlayOptions(
+                num_inference_steps=int(steps),
+                speculation=speculation,
+                draft_length=int(draft),
+                adaptive_draft=bool(adaptive),
+                seed=int(seed or 0),
+                start_frame=int(begin) if begin.isdecimal() else None,
+                frames_per_second=int(speed),
+            )
+            player = rooms.start(request.session_hash, model, options)
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+        yield enlarge(player.session.frames[0]), "go"
+        for picture, stats in player.frames():
+            yield enlarge(picture), stats.line()
+
+    def keep(request: gr.Request) -> Any:
+        try:
+            return gr.File(str(rooms.save(request.session_hash)), visible=True)
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+
+    def leave(request: gr.Request) -> None:
+        rooms.forget(request.session_hash)
+
+    controls = [model, begin, seed, steps, speed, speculation, draft, adaptive]
+    private = {"api_visibility": "private"}
+    game = start.click(
+        play, controls, [screen, figures], concurrency_id="play", concurrency_limit=context.max_visitors,
+        show_progress="hidden", js=None, **private,
+    )  # fmt: skip
+    start.click(None, None, None, js=_KEYS, **private)
+    stop.click(lambda request: rooms.stop(request.session_hash), None, None, queue=False, cancels=[game], **private)
+    save.click(keep, None, [saved], **private)
+
+    @gr.render(inputs=[model])
+    def action_buttons(name: str) -> None:
+        chosen, _ = rooms.pipe(name)
+        table = json.dumps(keys_of_actions(chosen.config.action_names))
+        gr.HTML(f"<span data-keys='{table}'></span>", elem_id="play-keys")
+        with gr.Row():
+            for index, label in enumerate(chosen.config.action_names):
+                button = gr.Button(label, size="sm", elem_id=f"play-action-{index}", min_width=60)
+
+                def press(request: gr.Request, action: int = index) -> None:
+                    rooms.hold(request.session_hash, action)
+
+                button.click(press, None, None, queue=False, show_progress="hidden", **private)
+
+    def switched(name: str) -> tuple[Any, Any, Any]:
+        chosen, _ = rooms.pipe(name)
+        choices = _choices(chosen)
+        return gr.Dropdown(choices, value=choices[0]), chosen.config.default_steps, chosen.config.fps
+
+    model.change(switched, [model], [begin, steps, speed], **private)
+    gr.context.Context.root_block.unload(leave)
+    return rooms
