@@ -47,7 +47,7 @@ class BACConfig(Options):
     schedule: str = option("shared", "one schedule for all, or one each", choices=("shared", "per_block", "uniform"))
     granularity: str = option("stack", "what is cached", choices=GRANULARITIES)
     predictor: str = option("fitted", "what stands in at skipped steps (linear, fitted: ours)", choices=PREDICTORS)
-    order: int = option(3, "computed outputs a forecast draws on", minimum=1, maximum=4, advanced=True)
+    order: int = option(2, "computed outputs a forecast draws on", minimum=1, maximum=4, advanced=True)
     metric: str = option("l2", "likeness of two steps", choices=("l2", "cosine"), advanced=True)
     similarity: str = option("anchor", "score form", choices=("anchor", "adjacent"), advanced=True)
     bubble: int = option(0, "units the bubbling union enlarges (-1: all)", minimum=-1, advanced=True)
@@ -67,7 +67,7 @@ class BACConfig(Options):
             raise ValueError(f"predictor {self.predictor!r} needs order 2 or more, got {self.order}")
 
     @classmethod
-    def reference(cls, budget: int, **changes: Any) -> "BACConfig":
+    def reference(cls, budget: int | None = None, **changes: Any) -> "BACConfig":
         """The published method: per sub-block, cosine, three bubbled units, plain reuse."""
         paper = {"schedule": "per_block", "granularity": "subblock", "predictor": "reuse", "order": 1}
         return cls(**{"budget": budget, **paper, "metric": "cosine", "bubble": 3, **changes})

@@ -150,7 +150,7 @@ def forecast_error(gram: np.ndarray, anchors: Sequence[int], step: int, weights:
 def forecast_costs(gram: np.ndarray, predictor: str, positions: Sequence[float] | None = None) -> np.ndarray:
     """`cost[p, c, t]`: distance at step t when the two newest computed steps are c and, before it, p (p = K: none).
 
-    Only p < c < t is meaningful. `forecast_weights` and `forecast_error` for every such triple at once.
+    `forecast_weights` and `forecast_error` for every p < c < t at once; entries with t <= c are zero.
     """
     num_steps = len(gram)
     gram = np.asarray(gram, dtype=np.float64)
@@ -173,7 +173,8 @@ def forecast_costs(gram: np.ndarray, predictor: str, positions: Sequence[float] 
         alone = np.ones((num_steps, num_steps))
     pair = tt - 2 * (newest * ct + before * pt) + newest**2 * cc + 2 * newest * before * pc + before**2 * pp
     single = tt[0] - 2 * alone * ct[0] + alone**2 * cc[0]
-    return np.sqrt(np.maximum(np.concatenate([pair, single[None]]), 0.0))
+    squared = np.maximum(np.concatenate([pair, single[None]]), 0.0)
+    return np.sqrt(squared) * (np.arange(num_steps)[None, None, :] > np.arange(num_steps)[None, :, None])
 
 
 def forecast_schedule(cost: np.ndarray, budget: int) -> tuple[list[int], float]:

@@ -1,0 +1,143 @@
+"""Schedules: exact programmes against exhaustive search, the bubbling union's rules, and the forecasts."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dit_suite.caching.schedule import (
+    adaptive_schedule,
+    adjacent_schedule,
+    bubbling_union,
+    forecast_costs,
+    forecast_error,
+    forecast_schedule,
+    forecast_weights,
+    mask_of,
+    rank_blocks,
+    uniform_schedule,
+)
+
+
+def every_schedule(num_steps: int, budget: int):
+    return ([0, *rest] for rest in itertools.combinations(range(1, num_steps), budget - 1))
+
+
+def anchor_score(matrix: np.ndarray, steps: list[int]) -> float:
+    ends = [*steps[1:], len(matrix)]
+    return sum(matrix[c, t] for c, end in zip(steps, ends, strict=True) for t in range(c, end))
+
+
+@pytest.mark.parametrize("maximise", [True, False])
+@pytest.mark.parametrize(("num_steps", "budget"), [(7, 3), (9, 4), (11, 2), (10, 9), (6, 6), (5, 1)])
+def test_adaptive_equals_exhaustive_search(num_steps: int, budget: int, maximise: bool) -> None:
+    matrix = np.random.default_rng(num_steps * 31 + budget).normal(size=(num_steps, num_steps))
+    sign = 1 if maximise else -1
+    best = max(every_schedule(num_steps, budget), key=lambda steps: sign * anchor_score(matrix, steps))
+    steps, score = adaptive_schedule(matrix, budget, maximise)
+    assert steps == best and len(steps) == budget
+    assert score == pytest.approx(anchor_score(matrix, best), abs=1e-9)
+
+
+def test_ties_fall_to_the_earlier_boundary() -> None:
+    assert adaptive_schedule(np.ones((8, 8)), 3, True)[0] == [0, 1, 2]
+
+
+def test_score_grows_with_the_budget() -> None:
+    features = np.cumsum(np.random.default_rng(0).normal(size=(12, 20)), axis=0)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    scores = [adaptive_schedule(np.abs(unit @ unit.T), m, True)[1] for m in range(1, 13)]
+    assert all(b >= a for a, b in itertools.pairwise(scores)) and scores[-1] == pytest.approx(12.0)
+
+
+def test_adjacent_is_the_least_similar_steps() -> None:
+    matrix = np.random.default_rng(1).uniform(size=(9, 9))
+    likeness = {k: matrix[k - 1, k] for k in range(1, 9)}
+    assert adjacent_schedule(matrix, 4, True) == sorted([0, *sorted(likeness, key=likeness.get)[:3]])
+    assert adjacent_schedule(-matrix, 4, False) == adjacent_schedule(matrix, 4, True)
+
+
+@pytest.mark.parametrize("budget", [0, 9])
+def test_budget_out_of_range(budget: int) -> None:
+    with pytest.raises(ValueError, match="between 1 and 8"):
+        adaptive_schedule(np.ones((8, 8)), budget, True)
+
+
+KINDS, LAYERS = ["sa", "ca", "ffn"] * 3, [0] * 3 + [1] * 3 + [2] * 3
+STEPS = [[0, k] for k in range(1, 10)]
+
+
+def test_bubbling_union() -> None:
+    grown = bubbling_union(STEPS, KINDS, LAYERS, [0, 4, 5])
+    assert grown[0] == [0, 1, 3, 6, 9] and grown[4] == [0, 5, 6, 9] and grown[5] == [0, 6, 9]
+    assert [grown[i] for i in (1, 2, 3, 6, 7, 8)] == [STEPS[i] for i in (1, 2, 3, 6, 7, 8)]
+    assert grown == bubbling_union(STEPS, KINDS, LAYERS, [5, 0, 4])
+    assert grown == bubbling_union(grown, KINDS, LAYERS, [0, 4, 5])
+    assert bubbling_union(STEPS, KINDS, LAYERS, []) == STEPS
+    assert bubbling_union(STEPS, KINDS, LAYERS, [3])[3] == [0, 4, 6, 9]
+    assert np.all(mask_of(grown, 10) >= mask_of(STEPS, 10))
+
+
+def test_bubbling_skips_the_feed_forward_beside_a_parallel_attention() -> None:
+    parallel = [True] * 9
+    assert bubbling_union(STEPS, KINDS, LAYERS, [0], parallel)[0] == [0, 1, 6, 9]
+
+
+def test_whole_blocks_count_as_feed_forwards() -> None:
+    assert bubbling_union(STEPS[:3], ["block"] * 3, [0, 1, 2], [0, 1, 2]) == [[0, 1, 2, 3], [0, 2, 3], [0, 3]]
+
+
+def test_ranking_is_stable() -> None:
+    assert rank_blocks([1.0, 3.0, 3.0, 0.5], 3) == [1, 2, 0]
+
+
+def gram_of(num_steps: int, seed: int) -> np.ndarray:
+    features = np.cumsum(np.random.default_rng(seed).normal(size=(num_steps, 30)), axis=0)
+    return features @ features.T
+
+
+@pytest.mark.parametrize("predictor", ["reuse", "linear", "fitted"])
+def test_forecast_costs_and_programme(predictor: str) -> None:
+    num_steps, budget, times = 8, 4, np.linspace(1.0, 0.05, 8) ** 2
+    gram = gram_of(num_steps, 5)
+    cost = forecast_costs(gram, predictor, times)
+    for steps in ([0, 2], [0, 1, 5], [0, 3, 4]):
+        for step in range(steps[-1] + 1, num_steps):
+            anchors = steps[::-1][:2]
+            weights = forecast_weights(gram, anchors, step, predictor, times)
+            assert cost[anchors[1], anchors[0], step] ** 2 == pytest.approx(
+                forecast_error(gram, anchors, step, weights), rel=1e-6, abs=1e-9
+            )
+
+    def total(steps: list[int]) -> float:
+        score = 0.0
+        for i, (c, end) in enumerate(zip(steps, [*steps[1:], num_steps], strict=True)):
+            before = steps[i - 1] if i else num_steps
+            score += sum(cost[before, c, t] for t in range(c + 1, end))
+        return score
+
+    best = min(every_schedule(num_steps, budget), key=total)
+    steps, score = forecast_schedule(cost, budget)
+    assert steps == best and score == pytest.approx(total(best))
+
+
+def test_linear_forecast_is_exact_on_a_line() -> None:
+    features = np.outer(np.linspace(3.0, 1.0, 6), np.ones(4)) + np.arange(4)
+    gram = features @ features.T
+    weights = forecast_weights(gram, [2, 0], 5, "linear")
+    np.testing.assert_allclose(weights[0] * features[2] + weights[1] * features[0], features[5], atol=1e-12)
+    assert forecast_error(gram, [2, 0], 5, weights) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_fitted_weights_beat_every_other() -> None:
+    gram = gram_of(8, 9)
+    for step in (4, 6, 7):
+        errors = {p: forecast_error(gram, [3, 1], step, forecast_weights(gram, [3, 1], step, p)) for p in
+                  ("reuse", "linear", "fitted")}  # fmt: skip
+        assert errors["fitted"] <= min(errors.values()) + 1e-6
+
+
+def test_uniform() -> None:
+    assert uniform_schedule(10, 3) == [0, 3, 6, 9]
+    with pytest.raises(ValueError, match="at least 1"):
+        uniform_schedule(10, 0)
