@@ -10,6 +10,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AdaSpaConfig": "dit_suite.attention.adaspa",
+    "VMoBAConfig": "dit_suite.attention.vmoba",
+    "apply_adaspa": "dit_suite.attention.plugin",
+    "apply_vmoba": "dit_suite.attention.plugin",
+    "block_sparse_attention": "dit_suite.attention.block_sparse",
     "BACConfig": "dit_suite.caching.plan",
     "apply_bac": "dit_suite.caching.bac",
     "load_pipeline": "dit_suite.checkpoints",

@@ -169,6 +169,18 @@ ACCELERATIONS: tuple[Acceleration, ...] = (
         config="dit_suite.caching.plan:BACConfig",
         apply="dit_suite.caching.bac:apply_bac",
     ),
+    Acceleration(
+        name="adaspa",
+        title="AdaSpa sparse attention",
+        config="dit_suite.attention.adaspa:AdaSpaConfig",
+        apply="dit_suite.attention.plugin:apply_adaspa",
+    ),
+    Acceleration(
+        name="vmoba",
+        title="VMoBA sparse attention",
+        config="dit_suite.attention.vmoba:VMoBAConfig",
+        apply="dit_suite.attention.plugin:apply_vmoba",
+    ),
 )
 
 

@@ -133,11 +133,12 @@ def auto_block(grid: Grid, kind: int, target_blocks: int) -> float | tuple[int, 
     return tuple(max(1, min(axis, round(shrink))) for axis in axes)
 
 
-def auto_tile(grid: Grid, block_size: int) -> tuple[int, int, int] | None:
-    """A (frames, rows, columns) tile of exactly `block_size` tokens that divides the grid, longest in time.
+def auto_tile(grid: Grid, block_size: int) -> tuple[int, int, int]:
+    """A (frames, rows, columns) tile of `block_size` tokens, longest in time.
 
     Attention of video models is narrow in space and long in time, so a tile spans as many frames as it can; the spatial
-    sides are as square as they can be. None where no tile fits.
+    sides are as square as they can be. Where no tile of that size divides the grid, the tile is as cube-like as powers
+    of two allow, tiles at the edge are smaller, and blocks there hold tokens of neighbouring tiles.
     """
     frames, rows, columns = _check_grid(grid)
     best = None
@@ -151,4 +152,12 @@ def auto_tile(grid: Grid, block_size: int) -> tuple[int, int, int] | None:
             key = (-depth, max(height, width) / min(height, width), height)
             if best is None or key < best[0]:
                 best = (key, (depth, height, width))
-    return best[1] if best else None
+    if best is not None:
+        return best[1]
+    tile = [1, 1, 1]
+    while math.prod(tile) < block_size:
+        open_axes = [i for i in (2, 1, 0) if tile[i] < (frames, rows, columns)[i]]
+        if not open_axes:
+            break
+        tile[min(open_axes, key=lambda i: tile[i])] *= 2
+    return tuple(tile)

@@ -63,7 +63,8 @@ def test_partition_restores_and_blocks_are_boxes(block):
 
 def test_auto_block_and_tile():
     assert auto_tile((16, 16, 16), 64) == (16, 2, 2)
-    assert auto_tile((21, 45, 80), 128) is None
+    assert auto_tile((21, 45, 80), 128) == (4, 4, 8)
+    assert auto_tile((21, 30, 52), 64) == (4, 4, 4)
     assert auto_tile((1, 4, 4), 16) == (1, 4, 4)
     for grid, kind, target in (
         ((21, 30, 52), 2, 48),

@@ -1,0 +1,274 @@
+"""AdaSpa and VMoBA as the plug-in runs them: per layer, per step, per guidance branch."""
+
+import math
+import threading
+import time
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from dit_suite.attention import adaspa
+from dit_suite.attention.adaspa import AdaSpaConfig, LayerReport, LayerState
+from dit_suite.attention.block_sparse import WorkCounter, block_sparse_attention, count_pairs
+from dit_suite.attention.calls import AttentionCall
+from dit_suite.attention.merge import attention_with_lse
+from dit_suite.attention.partition import Partition, auto_tile, partition
+from dit_suite.attention.vmoba import VMoBAConfig, vmoba_attention
+from dit_suite.schedulers.step_plan import current_step
+
+_MIN_TOKENS = {"cuda": 16384}
+_MIN_TOKENS_ELSEWHERE = 1024
+
+
+class StayDense(Exception):
+    """A method cannot run a call; the text says why. The plug-in counts it and warns once."""
+
+
+def smallest_useful(config: Any, device: torch.device) -> int:
+    """Tokens below which a method stays dense: below this, selection costs more than it saves."""
+    if config.min_tokens is not None:
+        return config.min_tokens
+    return _MIN_TOKENS.get(device.type, _MIN_TOKENS_ELSEWHERE)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class AdaSpaMethod:
+    """Search, reuse and sparse attention; inference only.
+
+    State lives per run, guidance branch, transformer, layer and call; a run's state dies with the run.
+    """
+
+    name = "AdaSpa"
+    trainable = False
+
+    def __init__(self, config: AdaSpaConfig) -> None:
+        self.config = config
+        self._runs: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+        self._reports: dict[tuple[int, int], LayerReport] = {}
+
+    def reset(self) -> None:
+        with self._lock:
+            self._runs.clear()
+            self._reports.clear()
+
+    def _state(self, run: Any, key: tuple) -> LayerState:
+        with self._lock:
+            layers = self._runs.setdefault(run, {})
+            return layers.setdefault(key, LayerState())
+
+    def _report(self, call: AttentionCall) -> LayerReport:
+        with self._lock:
+            return self._reports.setdefault(call.where, LayerReport())
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """The layer's output at the current step: dense, dense with a search, or sparse."""
+        step = current_step()
+        if step is None:
+            raise StayDense("no sampling step is known")
+        try:
+            searches = self.config.searches(step.num_steps)
+        except ValueError as error:
+            raise StayDense(str(error)) from None
+        state = self._state(step.run, (call.model, step.branch, call.layer, call.item, tuple(call.query.shape)))
+        report = self._report(call)
+        phase = adaspa.phase_of(state, step.step_index, searches)
+        if phase == "dense":
+            report.dense_calls += 1
+            return call.dense()
+        if phase == "fused" or (phase == "cached" and not self.config.lse_cache):
+            out = self._fused(call, state, report)
+        else:
+            out = self._sparse(call, state, report, search=phase == "cached")
+        if phase != "sparse":
+            state.searches_done = sum(s <= step.step_index for s in searches)
+            state.last_step = step.step_index
+        return out
+
+    def _block_size(self, call: AttentionCall) -> int:
+        return self.config.block_size or (128 if call.query.device.type == "cuda" else 64)
+
+    def _order(self, call: AttentionCall) -> Partition | None:
+        if self.config.token_order == "native":
+            return None
+        tile = self.config.tile or auto_tile(call.layout.grid, self._block_size(call))
+        return partition(call.layout.grid, tuple(tile)).to(call.query.device)
+
+    def _video_in_order(self, call: AttentionCall) -> tuple[list[torch.Tensor], Partition | None]:
+        order = self._order(call)
+        return [t if order is None else order.permute(t, 2) for t in call.video()], order
+
+    def _fused(self, call: AttentionCall, state: LayerState, report: LayerReport) -> torch.Tensor:
+        """Dense output; its log-sum-exp is cached and the first table is made."""
+        report.fused_searches += 1
+        if call.query.device.type == "cpu" and call.text_tokens == 0:
+            # The kernel behind torch's own attention on CPU also tells the log-sum-exp: one pass gives both.
+            out, lse = attention_with_lse(call.query, call.key, call.value, call.scale)
+        else:
+            out = call.dense()
+            query, key, value = call.video()
+            lse = attention_with_lse(query, key, value, call.scale)[1]
+            if call.text_tokens:
+                lse = torch.logaddexp(lse, call.text_part[1])
+        state.lse = lse.to(adaspa.LSE_DTYPES[self.config.lse_dtype])
+        (query, key, _), order = self._video_in_order(call)
+        self._search(call, state, report, query, key, order)
+        return out
+
+    def _search(
+        self,
+        call: AttentionCall,
+        state: LayerState,
+        report: LayerReport,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        order: Partition | None,
+    ) -> None:
+        _synchronize(query.device)
+        start = time.perf_counter()
+        lse = state.lse.float()
+        kept_apart = None
+        if call.text_tokens:
+            share = torch.exp(call.text_part[1].float() - lse).sum(-1)
+            kept_apart = share + call.text_counts()[:, None].to(share.dtype)
+        lse = lse if order is None else order.permute(lse, 2)
+        block = self._block_size(call)
+        state.result = adaspa.search(query, key, lse, self.config, block, call.scale, kept_apart)
+        _synchronize(query.device)
+        report.search_seconds += time.perf_counter() - start
+        report.record_search(state.result)
+        length = query.shape[2]
+        pairs = count_pairs(state.result.table, state.result.counts, length, length, block)
+        report.densities.append(call.density(pairs))
+
+    def _sparse(self, call: AttentionCall, state: LayerState, report: LayerReport, search: bool) -> torch.Tensor:
+        (query, key, value), order = self._video_in_order(call)
+        if search:
+            report.cached_searches += 1
+            self._search(call, state, report, query, key, order)
+        report.sparse_calls += 1
+        result = state.result
+        out = block_sparse_attention(
+            query,
+            key,
+            value,
+            result.table,
+            result.counts,
+            self._block_size(call),
+            scale=call.scale,
+            backend=self.config.backend,
+            return_lse=call.text_tokens > 0,
+        )
+        out, lse = out if call.text_tokens else (out, None)
+        if order is not None:
+            out = order.restore(out, 2)
+            lse = None if lse is None else order.restore(lse, 2)
+        return call.join(out, lse)
+
+    def stats(self) -> dict[str, Any]:
+        """Calls by kind, density, recall, tiers and search time: per layer and over all layers."""
+        with self._lock:
+            reports = dict(sorted(self._reports.items()))
+        layers = [
+            {
+                "model": model,
+                "layer": layer,
+                "dense_calls": r.dense_calls,
+                "fused_searches": r.fused_searches,
+                "cached_searches": r.cached_searches,
+                "sparse_calls": r.sparse_calls,
+                "density": _mean(r.densities),
+                "recall_before_tiers": _mean(r.recalls_before),
+                "recall": _mean(r.recalls),
+                "tiers": dict(sorted(r.tiers.items())),
+                "search_seconds": r.search_seconds,
+            }
+            for (model, layer), r in reports.items()
+        ]
+        totals = ("dense_calls", "fused_searches", "cached_searches", "sparse_calls", "search_seconds")
+        means = ("density", "recall_before_tiers", "recall")
+        summary = {name: sum(row[name] for row in layers) for name in totals}
+        summary |= {name: _mean(row[name] for row in layers if row[name] is not None) for name in means}
+        return {**summary, "layers": layers}
+
+
+class VMoBAMethod:
+    """Mixture-of-block attention; stateless, exact, differentiable."""
+
+    name = "VMoBA"
+    trainable = True
+
+    def __init__(self, config: VMoBAConfig) -> None:
+        self.config = config
+        self._lock = threading.Lock()
+        self._reports: dict[tuple[int, int], dict[str, float]] = {}
+
+    def reset(self) -> None:
+        with self._lock:
+            self._reports.clear()
+
+    def _report(self, call: AttentionCall) -> dict[str, float]:
+        with self._lock:
+            return self._reports.setdefault(call.where, {"dense_calls": 0, "sparse_calls": 0, "density": 0.0})
+
+    def _step_is_dense(self, call: AttentionCall) -> bool:
+        training = torch.is_grad_enabled() and call.query.requires_grad
+        if training or self.config.dense_first_steps == 0.0:
+            return False
+        step = current_step()
+        if step is None or step.num_steps < 1:
+            raise StayDense("dense_first_steps is a share of the run, but the number of steps is unknown")
+        return step.step_index < math.ceil(self.config.dense_first_steps * step.num_steps - 1e-9)
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """The layer's output: dense in the first steps and layers the config names, else mixture-of-block."""
+        report = self._report(call)
+        if self.config.kind(call.layer) is None or self._step_is_dense(call):
+            report["dense_calls"] += 1
+            return call.dense()
+        counter = WorkCounter()
+        out, lse = vmoba_attention(
+            *call.video(),
+            call.layout.grid,
+            self.config,
+            call.layer,
+            scale=call.scale,
+            counter=counter,
+            return_lse=True,
+        )
+        report["sparse_calls"] += 1
+        report["density"] += call.density(counter.pairs)
+        return call.join(out, lse)
+
+    def stats(self) -> dict[str, Any]:
+        """Calls by kind and density: per layer and over all layers."""
+        with self._lock:
+            reports = sorted(self._reports.items())
+        layers = [
+            {
+                "model": model,
+                "layer": layer,
+                "kind": self.config.kind(layer),
+                "dense_calls": r["dense_calls"],
+                "sparse_calls": r["sparse_calls"],
+                "density": r["density"] / r["sparse_calls"] if r["sparse_calls"] else None,
+            }
+            for (model, layer), r in reports
+        ]
+        return {
+            "dense_calls": sum(row["dense_calls"] for row in layers),
+            "sparse_calls": sum(row["sparse_calls"] for row in layers),
+            "density": _mean(row["density"] for row in layers if row["density"] is not None),
+            "layers": layers,
+        }
