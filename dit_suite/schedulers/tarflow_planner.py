@@ -1,0 +1,326 @@
+"""Chooses how each block of a TarFlow is solved, by measurement on the flow's own samples.
+
+Steps: solve a calibration batch sequentially; fit the linear first guesses by ridge regression on one part of it; on
+the other part measure, for every block and candidate, the error against the exact block output and the time; measure
+how much an error of each block grows on its way to the picture; take the fastest combination whose predicted error in
+the worst picture is within the target, and check it end to end. A block whose sweeps lose stays sequential.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dit_suite.models.tarflow import TarFlowBlock, TarFlowModel
+from dit_suite.schedulers.gs_jacobi import BlockStrategy, FlowGuidance, GSJacobiScheduler, solve
+from dit_suite.schedulers.tarflow_metrics import flow_metrics
+
+JACOBI_SWEEPS = (1, 2, 3, 4, 6, 8)
+STAGGERED = ((2, 2), (4, 2), (8, 2), (4, 3), (8, 3), (16, 4))
+GAIN_ROWS = 8
+TIGHTEN = 0.85
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Exact states of a batch: `states[0]` is the noise, `states[k]` the tokens after the k-th sampled block."""
+
+    states: tuple[torch.Tensor, ...]
+    class_labels: torch.Tensor | None
+
+    def rows(self, rows: slice) -> "Calibration":
+        labels = None if self.class_labels is None else self.class_labels[rows]
+        return Calibration(tuple(state[rows] for state in self.states), labels)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to solve one block: `errors` is the rms error of every held-out sample, `seconds` the time of a batch."""
+
+    strategy: BlockStrategy
+    errors: torch.Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen strategy of every block in sampling order and what was measured.
+
+    Attributes:
+        strategies: one per block, the last block first.
+        seconds: predicted time of a batch; `sequential_seconds` is the baseline's.
+        psnr: `(samples,)` dB against the sequential pictures, end to end, on samples that fitted nothing.
+        fixed: rows "the same sweeps for every block", measured the same way.
+    """
+
+    strategies: tuple[BlockStrategy, ...]
+    seconds: float
+    sequential_seconds: float
+    psnr: torch.Tensor
+    igm: list[list[float]]
+    crm_share: list[float]
+    gains: list[float]
+    fixed: list[dict]
+
+    def scheduler(self, record: dict) -> GSJacobiScheduler:
+        """The strategy file: lists in sampling order, and the measurements under `planned`."""
+        rows = [asdict(strategy) for strategy in self.strategies]
+        measured = {
+            "seconds": round(self.seconds, 4),
+            "sequential_seconds": round(self.sequential_seconds, 4),
+            "psnr_min": round(float(self.psnr.min()), 2),
+            "psnr_mean": round(float(self.psnr.mean()), 2),
+            "igm": self.igm,
+            "crm_share": self.crm_share,
+            "gains": self.gains,
+            "fixed": self.fixed,
+        }
+        return GSJacobiScheduler(
+            modules=[row["modules"] for row in rows],
+            sweeps=[row["sweeps"] for row in rows],
+            guesses=[row["guess"] for row in rows],
+            staggered=[row["staggered"] for row in rows],
+            planned={**record, **measured},
+        )
+
+
+def psnr(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of every picture in dB; `(batch, ...)` in [-1, 1], compared after clipping."""
+    error = (found.clamp(-1, 1) - exact.clamp(-1, 1)).flatten(1).square().mean(dim=1) / 4.0
+    return -10.0 * torch.log10(error.clamp(min=1e-12))
+
+
+def calibrate(
+    model: TarFlowModel, noise: torch.Tensor, class_labels: torch.Tensor | None, guidance: FlowGuidance
+) -> Calibration:
+    """Solves `noise` (batch, tokens, token_dim) sequentially and keeps every state."""
+    solution = solve(model, noise, class_labels, GSJacobiScheduler(), guidance)
+    first = noise.float() * model.var.float().sqrt()
+    return Calibration((first, *(trace.tokens for trace in solution.blocks)), class_labels)
+
+
+def fit_guesses(model: TarFlowModel, calibration: Calibration, kernel: int = 3, ridge: float = 10.0) -> TarFlowModel:
+    """The same flow with a linear first guess per block: ridge regression of x on the `kernel` x `kernel` tokens of z.
+
+    Args:
+        kernel: odd side of the neighbourhood in tokens.
+        ridge: weight of the squared coefficients (the data have unit scale).
+
+    Returns:
+        A new model in eval mode; the flow's weights are shared.
+    """
+    side = math.isqrt(model.num_tokens)
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    fitted = TarFlowModel(**{**config, "guess_kernel": kernel}).to(model.device)
+    missing, unexpected = fitted.load_state_dict(model.state_dict(), strict=False, assign=True)
+    if unexpected or any(".guess." not in name for name in missing):
+        raise ValueError("the model was already planned with another guess_kernel")
+    for index, block in enumerate(reversed(fitted.blocks)):
+        latents, data = calibration.states[index], calibration.states[index + 1]
+        grid = latents.transpose(1, 2).unflatten(2, (side, side))
+        near = F.unfold(grid, kernel, padding=kernel // 2).transpose(1, 2).flatten(0, 1).double()
+        near = F.pad(near, (0, 1), value=1.0)
+        penalty = ridge * torch.eye(near.shape[1], dtype=near.dtype, device=near.device)
+        weights = torch.linalg.solve(near.T @ near + penalty, near.T @ data.flatten(0, 1).double()).float()
+        block.guess.weight.data = weights[:-1].T.reshape(block.guess.weight.shape).contiguous()
+        block.guess.bias.data = weights[-1].contiguous()
+    return fitted.eval()
+
+
+def _rms(error: torch.Tensor) -> torch.Tensor:
+    return error.square().mean(dim=(1, 2)).sqrt()
+
+
+def _best_time(call: Callable[[], object], repeats: int) -> float:
+    """Smallest of `repeats` timings, in seconds: the least disturbed by other work on the machine."""
+    times = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Measures candidates on one calibration.
+
+    Args:
+        model: with fitted guesses.
+        held_out: samples that fitted nothing.
+        guidance: that of the calibration.
+        batch_size: batch for which times are measured.
+        repeats: timings per candidate; the smallest counts.
+        say: receives one line per finding.
+    """
+
+    model: TarFlowModel
+    held_out: Calibration
+    guidance: FlowGuidance
+    batch_size: int = 8
+    repeats: int = 3
+    say: Callable[[str], None] = lambda line: None
+
+    def _block(self, index: int) -> TarFlowBlock:
+        return self.model.blocks[len(self.model.blocks) - 1 - index]
+
+    def _solve(self, index: int, data: Calibration, strategy: BlockStrategy) -> torch.Tensor:
+        """The tokens after sampling block `index` from its exact input."""
+        scheduler = GSJacobiScheduler()
+        block, state = self._block(index), data.states[index]
+        return scheduler.step(block, 0, state, data.class_labels, self.guidance, strategy).tokens
+
+    def _candidate(self, index: int, strategy: BlockStrategy) -> Candidate:
+        error = _rms(self._solve(index, self.held_out, strategy) - self.held_out.states[index + 1])
+        return Candidate(strategy, error, self._seconds(index, strategy))
+
+    def _seconds(self, index: int, strategy: BlockStrategy) -> float:
+        timed = self.held_out.rows(slice(0, self.batch_size))
+        return _best_time(lambda: self._solve(index, timed, strategy), self.repeats)
+
+    def candidates(self, index: int, guess: str) -> list[Candidate]:
+        """Measured ways to solve sampling block `index` that beat the sequential loop, which comes first.
+
+        Args:
+            guess: the better of the paper's guesses (by IGM), tried beside the linear one.
+        """
+        found = [self._candidate(index, BlockStrategy())]
+        limit = found[0].seconds
+        guesses = ["linear", guess] if self.model.config.guess_kernel else [guess]
+        options = [BlockStrategy(1, sweeps, name) for name in guesses for sweeps in JACOBI_SWEEPS]
+        options += [BlockStrategy(modules, sweeps, guesses[0], True) for modules, sweeps in STAGGERED]
+        too_slow: set[tuple[str, bool]] = set()
+        for strategy in options:
+            family = (strategy.guess, strategy.staggered)
+            if family in too_slow and not strategy.staggered:
+                continue
+            candidate = self._candidate(index, strategy)
+            if candidate.seconds >= limit:
+                too_slow.add(family)
+                continue
+            found.append(candidate)
+        return found
+
+    def gains(self) -> list[float]:
+        """How much a small error of each sampled block grows until the picture (ratio of rms errors)."""
+        data, count = self.held_out.rows(slice(0, GAIN_ROWS)), len(self.model.blocks)
+        exact, result = data.states[-1], []
+        guess = "linear" if self.model.config.guess_kernel else "latent"
+        accurate = BlockStrategy(1, JACOBI_SWEEPS[-1], guess)
+        for index in range(count):
+            generator = torch.Generator().manual_seed(index)
+            state = data.states[index + 1]
+            noise = torch.randn(state.shape, generator=generator).to(state.device)
+            state = state + 0.01 * noise
+            start = _rms(state - data.states[index + 1])
+            for later in range(index + 1, count):
+                moved = Calibration((*data.states[:later], state, *data.states[later + 1 :]), data.class_labels)
+                state = self._solve(later, moved, accurate)
+            result.append(float((_rms(state - exact) / start).mean()))
+        return result
+
+    def check(self, strategies: tuple[BlockStrategy, ...]) -> torch.Tensor:
+        """PSNR of every held-out picture against the sequential one, all blocks solved by `strategies`."""
+        data = self.held_out
+        tokens = data.states[0]
+        for index, strategy in enumerate(strategies):
+            state = Calibration((tokens,) * len(data.states), data.class_labels)
+            tokens = self._solve(index, state, strategy)
+        return psnr(self.model.unpatchify(tokens), self.model.unpatchify(data.states[-1]))
+
+    def fixed_strategies(self, table: list[list[Candidate]], target_psnr: float) -> list[dict]:
+        """The best one-size-fits-all settings: the first sampled block sequential, the others M sweeps from z."""
+        rows = []
+        for sweeps in JACOBI_SWEEPS:
+            strategy = BlockStrategy(1, sweeps)
+            values = self.check((BlockStrategy(), *[strategy] * (len(table) - 1)))
+            times = [self._seconds(index, strategy) for index in range(1, len(table))]
+            seconds = table[0][0].seconds + sum(times)
+            row = {"sweeps": sweeps, "seconds": round(seconds, 4), "psnr_min": round(float(values.min()), 2)}
+            self.say(f"fixed: {row}")
+            rows.append(row)
+            if row["psnr_min"] >= target_psnr:
+                break
+        return rows
+
+    def plan(self, target_psnr: float = 38.0, max_seconds: float | None = None) -> Plan:
+        """The fastest combination within the target, or the most exact one within `max_seconds` per batch.
+
+        Raises:
+            ValueError: nothing is fast enough for `max_seconds`.
+        """
+        count = len(self.model.blocks)
+        metrics = flow_metrics(self.model, self.model.unpatchify(self.held_out.states[-1]))
+        guesses = metrics.guesses()
+        gains = self.gains()
+        table = []
+        for index in range(count):
+            table.append(self.candidates(index, guesses[index]))
+            for each in table[-1]:
+                self.say(
+                    f"block {count - 1 - index} gain {gains[index]:.2f} {each.strategy} rms mean "
+                    f"{float(each.errors.mean()):.4f} max {float(each.errors.max()):.4f} {1000 * each.seconds:.0f} ms"
+                )
+        tolerance = 2.0 * 10.0 ** (-target_psnr / 20.0)
+        for _ in range(8):
+            chosen = choose(table, gains, tolerance, max_seconds)
+            values = self.check(tuple(each.strategy for each in chosen))
+            self.say(f"tolerance {tolerance:.4f}: worst {float(values.min()):.2f} dB")
+            if max_seconds is not None or float(values.min()) >= target_psnr:
+                break
+            tolerance *= TIGHTEN
+        return Plan(
+            strategies=tuple(each.strategy for each in chosen),
+            seconds=sum(each.seconds for each in chosen),
+            sequential_seconds=sum(row[0].seconds for row in table),
+            psnr=values,
+            igm=[[round(v, 4) for v in row] for row in metrics.igm.tolist()],
+            crm_share=[round(v, 2) for v in metrics.crm_share.tolist()],
+            gains=[round(v, 3) for v in gains],
+            fixed=self.fixed_strategies(table, target_psnr),
+        )
+
+
+def _pareto(candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates that no other one beats in both time and worst error."""
+    kept: list[Candidate] = []
+    for each in sorted(candidates, key=lambda c: (c.seconds, float(c.errors.max()))):
+        if not kept or float(each.errors.max()) < float(kept[-1].errors.max()):
+            kept.append(each)
+    return kept
+
+
+def choose(
+    table: list[list[Candidate]], gains: list[float], tolerance: float, max_seconds: float | None = None
+) -> list[Candidate]:
+    """One candidate per block: the fastest whose worst picture is predicted within `tolerance` (rms in [-1, 1]).
+
+    The errors of the blocks are taken as independent: the picture's squared error is the sum of (gain * error)^2. With
+    `max_seconds` the smallest predicted error within that time is taken instead.
+    """
+    rows = [_pareto(row) for row in table]
+    best, best_key = None, None
+    for combination in itertools.product(*rows):
+        seconds = sum(each.seconds for each in combination)
+        if max_seconds is not None and seconds > max_seconds:
+            continue
+        squares = [(gain * each.errors) ** 2 for gain, each in zip(gains, combination, strict=True)]
+        error = float(torch.stack(squares).sum(dim=0).sqrt().max())
+        if max_seconds is None and error > tolerance:
+            continue
+        key = (seconds, error) if max_seconds is None else (error, seconds)
+        if best_key is None or key < best_key:
+            best, best_key = list(combination), key
+    if best is None:
+        if max_seconds is not None:
+            raise ValueError(f"no combination takes at most {max_seconds} s for a batch")
+        return [row[0] for row in table]
+    return best

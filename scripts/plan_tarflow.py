@@ -1,0 +1,135 @@
+"""Plans how a TarFlow checkpoint is sampled: per block the solver, its first guess and its sweeps.
+
+    python scripts/plan_tarflow.py emoji-tarflow-64 planned-checkpoint --psnr 38 --batch-size 8
+
+Measures on samples of the model itself, fits the linear first guesses, and writes a copy of the checkpoint whose
+scheduler config is the strategy. The pipeline uses it by default.
+"""
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from safetensors import safe_open
+
+from dit_suite.checkpoints import SHARD_SIZE, find_checkpoint, open_pipeline
+from dit_suite.schedulers.generators import randn_per_sample, sample_generators
+from dit_suite.schedulers.gs_jacobi import FlowGuidance
+from dit_suite.schedulers.tarflow_planner import Planner, calibrate, fit_guesses
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of the first weight on the disk."""
+    path = sorted(folder.rglob("*.safetensors"))[0]
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(sorted(file.keys())[0]).dtype
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or bundled name")
+    parser.add_argument("output", type=Path, help="folder to create")
+    parser.add_argument("--psnr", type=float, default=38.0, help="dB to the sequential picture, worst sample")
+    parser.add_argument("--max-seconds", type=float, help="plan for this time per batch instead of a PSNR")
+    parser.add_argument("--batch-size", type=int, default=8, help="batch that times are measured for")
+    parser.add_argument("--samples", type=int, default=96, help="calibration samples; a third is held out")
+    parser.add_argument("--kernel", type=int, default=3, help="side of the linear guess in tokens; 0: none")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, help="guidance that the plan is for")
+    parser.add_argument("--seed", type=int, default=1_000_000, help="first seed of the calibration samples")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
+    if arguments.samples < 6 or arguments.samples // 3 < arguments.batch_size:
+        parser.error("--samples must be at least 6 and three times the batch size")
+    if arguments.kernel < 0 or (arguments.kernel and arguments.kernel % 2 == 0):
+        parser.error("--kernel must be odd, or 0")
+    return arguments
+
+
+@torch.no_grad()
+def make_plan(arguments: argparse.Namespace) -> tuple:
+    """The planned pipeline and the plan."""
+    checkpoint = find_checkpoint(arguments.model)
+    pipe = open_pipeline(checkpoint, device=arguments.device)
+    if not hasattr(pipe.transformer, "num_tokens") or not hasattr(pipe.scheduler, "strategy_of"):
+        raise ValueError(f"{arguments.model} is not a TarFlow checkpoint")
+    model = pipe.transformer.requires_grad_(False)
+    generators = sample_generators(arguments.seed, range(arguments.samples))
+    shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
+    noise = model.patchify(randn_per_sample(shape, generators, arguments.device))
+    labels = None
+    if model.config.num_classes:
+        labels = torch.tensor([int(torch.randint(model.config.num_classes, (1,), generator=g)) for g in generators])
+        labels = labels.to(arguments.device)
+    guidance = FlowGuidance(arguments.guidance_scale - 1.0, annealed=True)
+    print(f"solving {arguments.samples} samples sequentially", flush=True)
+    calibration = calibrate(model, noise, labels, guidance)
+    held_out = arguments.samples // 3
+    if arguments.kernel and not model.config.guess_kernel:
+        model = fit_guesses(model, calibration.rows(slice(held_out, None)), arguments.kernel)
+    planner = Planner(
+        model,
+        calibration.rows(slice(0, held_out)),
+        guidance,
+        arguments.batch_size,
+        say=lambda line: print(line, flush=True),
+    )
+    plan = planner.plan(arguments.psnr, arguments.max_seconds)
+    record = {
+        "target_psnr": arguments.psnr,
+        "batch_size": arguments.batch_size,
+        "held_out_samples": held_out,
+        "guidance_scale": arguments.guidance_scale,
+        "threads": torch.get_num_threads(),
+        "machine": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
+    }
+    model.to(stored_dtype(checkpoint.folder))
+    pipe.register_modules(transformer=model, scheduler=plan.scheduler(record))
+    return pipe, plan, checkpoint
+
+
+def save(pipe, source: Path, output: Path) -> None:
+    """Writes the checkpoint and the texts that lie beside it, whole or not at all."""
+    if output.exists():
+        raise FileExistsError(f"{output} exists already")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        pipe.save_pretrained(part, max_shard_size=SHARD_SIZE)
+        for text in source.iterdir():
+            if text.is_file() and not (part / text.name).exists():
+                shutil.copyfile(text, part / text.name)
+        part.chmod(0o755)
+        os.replace(part, output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    try:
+        if arguments.output.exists():
+            raise FileExistsError(f"{arguments.output} exists already")
+        pipe, plan, checkpoint = make_plan(arguments)
+        save(pipe, checkpoint.folder, arguments.output)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"plan_tarflow: {error}", file=sys.stderr)
+        return 2
+    for number, strategy in enumerate(plan.strategies):
+        print(f"block {len(plan.strategies) - 1 - number}: {strategy}")
+    print(
+        f"{plan.sequential_seconds / plan.seconds:.2f}x ({plan.sequential_seconds:.3f} s -> {plan.seconds:.3f} s), "
+        f"PSNR worst {float(plan.psnr.min()):.1f} dB, mean {float(plan.psnr.mean()):.1f} dB"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
