@@ -255,8 +255,9 @@ class Trainer:
             progress.step += 1
             if progress.step == first + _WARM_STEPS:
                 mark = time.monotonic()
-            if not progress.total and progress.step == first + _WARM_STEPS + _TIMED_STEPS:
-                progress.total = self._derive_total(begin, mark)
+            timed = progress.step - first - _WARM_STEPS
+            if not run.max_steps and self._may_derive_total(timed):
+                progress.total = self._derive_total(begin, (time.monotonic() - mark) / timed)
             logging = progress.step % run.log_every == 0
             if logging or self.accelerator.num_processes == 1:
                 out_of_time = run.max_minutes and time.monotonic() - begin > run.max_minutes * 60.0
@@ -275,11 +276,17 @@ class Trainer:
                 self._preview(progress.step, monitor)
         return self._finish(monitor, collected, since)
 
-    def _derive_total(self, begin: float, mark: float) -> int:
-        """How many steps fit into the time limit, from the steps timed since `mark`."""
-        now = time.monotonic()
-        per_step = (now - mark) / _TIMED_STEPS
-        remaining = self.config.run.max_minutes * 60.0 - (now - begin)
+    def _may_derive_total(self, timed: int) -> bool:
+        """First after some timed steps, then at every saved state until the decay begins: until then the learning rate
+        does not depend on the total, so a machine that got slower or faster changes only what is to come."""
+        decay_begins = (1.0 - self.config.optimizer.decay_share) * self.progress.total
+        saving = self.progress.step % self.config.run.save_every == 0
+        due = timed == _TIMED_STEPS or (timed > _TIMED_STEPS and saving)
+        return due and (not self.progress.total or self.progress.step < decay_begins)
+
+    def _derive_total(self, begin: float, per_step: float) -> int:
+        """How many steps fit into the time limit, at so many seconds a step."""
+        remaining = self.config.run.max_minutes * 60.0 - (time.monotonic() - begin)
         total = self._agree(self.progress.step + max(1, int(0.97 * remaining / per_step)))
         self.report(f"{per_step:.3f} s a step: {total} steps fit into {self.config.run.max_minutes:g} minutes")
         return total

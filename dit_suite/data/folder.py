@@ -1,0 +1,180 @@
+"""A user's own pictures or clips, turned into the tables that the trainer reads."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, UnidentifiedImageError
+
+from dit_suite.data.cards import content_hash, count_lines
+from dit_suite.data.emoji64 import lossless_webp
+from dit_suite.data.labels import LabelTable
+from dit_suite.data.splits import split_of
+from dit_suite.data.tables import write_table, write_text
+from dit_suite.options import Options, option
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+CAPTION_FILE = "captions.jsonl"
+_STYLE = "photo"
+IMAGE_SCHEMA = pa.schema(
+    [("image", pa.binary())] + [(name, pa.string()) for name in ("label", "group", "style", "file", "split")]
+)
+CLIP_SCHEMA = pa.schema(
+    [("clip", pa.binary()), ("num_frames", pa.int32())]
+    + [(name, pa.string()) for name in ("label", "group", "style", "file", "split")]
+)
+
+
+@dataclass(frozen=True)
+class FolderOptions(Options):
+    """How files become rows."""
+
+    size: int = option(64, "side in pixels: shorter side resized, centre cropped", minimum=8, maximum=4096)
+    heldout: float = option(0.05, "share of files held out", minimum=0.0, maximum=0.9)
+    salt: str = option("dit_suite", "names the split")
+    frames: int = option(48, "longest clip cut from a video, in frames", minimum=2, maximum=4096)
+    every: int = option(2, "keep every n-th frame of a video", minimum=1, maximum=64)
+    skip_broken: bool = option(False, "leave unreadable files out instead of stopping")
+
+
+def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
+    """ADM's crop: halve with a box filter while the shorter side is at least twice the target, bicubic, centre."""
+    picture = picture.convert("RGB")
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    wide = (max(size, round(picture.width * scale)), max(size, round(picture.height * scale)))
+    picture = picture.resize(wide, Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+def read_captions(folder: Path, files: list[Path]) -> dict[str, str] | None:
+    """`{relative path: caption}` from `captions.jsonl`, lines `{"file": ..., "caption": ...}`; None without the file.
+
+    Raises:
+        ValueError: a line is not valid, or a file has no caption.
+    """
+    path = folder / CAPTION_FILE
+    if not path.is_file():
+        return None
+    found: dict[str, str] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            found[entry["file"]] = entry["caption"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f'{path}, line {number}: expected {{"file": ..., "caption": ...}}') from None
+    missing = [name for file in files if (name := file.relative_to(folder).as_posix()) not in found]
+    if missing:
+        raise ValueError(f"{path} has no caption for {len(missing)} of {len(files)} files, such as {missing[0]}")
+    return found
+
+
+def _collect(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+
+
+def _picture(path: Path, options: FolderOptions) -> dict[str, Any]:
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return {"image": lossless_webp(centre_crop(picture, options.size))}
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} can't be read as a picture: {error}") from None
+
+
+def _video(path: Path, options: FolderOptions) -> dict[str, Any]:
+    import imageio.v3 as iio
+
+    from dit_suite.data.anim64 import encode_clip
+
+    frames = []
+    try:
+        for index, frame in enumerate(iio.imiter(path)):
+            if index % options.every == 0:
+                frames.append(centre_crop(Image.fromarray(np.asarray(frame)), options.size))
+            if len(frames) == options.frames:
+                break
+    except (OSError, ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{path} can't be read as a video: {error}") from None
+    if len(frames) < 2:
+        raise ValueError(f"{path} holds {len(frames)} usable frames, at least 2 are needed")
+    return {"clip": encode_clip(frames, 95, 42), "num_frames": len(frames)}
+
+
+def build_folder(
+    source: Path,
+    output: Path,
+    options: FolderOptions,
+    report: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Turns a folder of pictures or of videos into `images.parquet` or `clips.parquet`.
+
+    Labels: the sub-folder of a file (ImageFolder layout) is its class. Captions: `captions.jsonl` in the folder, else
+    the sub-folder's name, else the file's name without its number.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the folder holds neither pictures nor videos, both, an unreadable file, or a file without caption.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"there is no folder {source}")
+    pictures, videos = _collect(source, PICTURES), _collect(source, VIDEOS)
+    if not pictures and not videos:
+        raise ValueError(f"{source} holds no pictures ({', '.join(PICTURES)}) and no videos ({', '.join(VIDEOS)})")
+    if pictures and videos:
+        raise ValueError(
+            f"{source} holds {len(pictures)} pictures and {len(videos)} videos: split them into two folders"
+        )
+    files = pictures or videos
+    captions = read_captions(source, files)
+    rows, broken = [], 0
+    for file in files:
+        try:
+            row = _picture(file, options) if pictures else _video(file, options)
+        except ValueError as error:
+            if not options.skip_broken:
+                raise
+            broken += 1
+            report(f"left out: {error}")
+            continue
+        name = file.relative_to(source).as_posix()
+        group = name.split("/")[0] if "/" in name else "all"
+        fallback = group.replace("_", " ") if group != "all" else file.stem.rstrip("0123456789").strip("_- ")
+        row |= {
+            "label": captions[name] if captions else fallback or "picture",
+            "group": group,
+            "style": _STYLE,
+            "file": name,
+            "split": "heldout"
+            if split_of(name, "", salt=options.salt, heldout=options.heldout, pairs=0) != "train"
+            else "train",
+        }
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"none of the {len(files)} files in {source} could be read")
+    target = output / ("images.parquet" if pictures else "clips.parquet")
+    schema = IMAGE_SCHEMA if pictures else CLIP_SCHEMA
+    write_table(target, rows, schema, {"dataset": "folder", "options": json.dumps(options.to_dict(), sort_keys=True)})
+    LabelTable((_STYLE,), tuple(sorted({row["group"] for row in rows}))).save(output)
+    column = "image" if pictures else "clip"
+    lines = [
+        f"# {source.name}",
+        "",
+        f"{len(rows):,} {'pictures' if pictures else 'clips'}, {options.size} x {options.size} RGB"
+        + (f"; {broken} unreadable files left out." if broken else "."),
+        f"Content hash `{content_hash(rows, (column, 'label', 'split'))}`. The licence is that of the files given.",
+    ]
+    for name in ("split", "group"):
+        lines += ["", f"| {name} | files |", "| --- | --- |", *count_lines(rows, name)]
+    write_text(output / "README.md", "\n".join(lines) + "\n")
+    report(f"{len(rows)} files")
+    return target

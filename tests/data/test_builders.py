@@ -1,0 +1,145 @@
+"""Folders of a user, clips, recorded play, and the command line of prepare_data."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_suite.data.anim64 import clip_frames, encode_clip
+from dit_suite.data.folder import FolderOptions, build_folder, centre_crop
+from dit_suite.data.freedoom import BUTTONS, DepthPlayer, FreedoomOptions, build_freedoom, still_share
+from dit_suite.data.readers import decode_clip, open_source
+from dit_suite.data.tables import read_rows
+from dit_suite.training.config import DataSection
+
+ROOT = Path(__file__).parents[2]
+
+
+def _pictures(folder: Path) -> Path:
+    for index, name in enumerate(("cats/one.png", "cats/two.jpg", "dogs/three.png")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (80 * index, 0, 0)).save(folder / name)
+    return folder
+
+
+def test_image_folder_becomes_a_set_that_the_reader_opens(tmp_path):
+    build_folder(_pictures(tmp_path / "in"), tmp_path / "out", FolderOptions(size=16, heldout=0.0))
+    source = open_source(DataSection(path=str(tmp_path / "out")))
+    assert len(source) == 3 and source.sample_shape == (3, 16, 16) and source.num_classes == 2
+    assert source.labels.tolist() == [0, 0, 1] and source.captions[2][0] == "dogs"
+
+
+def test_captions_file_is_used_and_must_be_complete(tmp_path):
+    folder = _pictures(tmp_path / "in")
+    lines = [{"file": "cats/one.png", "caption": "a cat"}, {"file": "cats/two.jpg", "caption": "two cats"}]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match=r"no caption for 1 of 3 files, such as dogs/three.png"):
+        build_folder(folder, tmp_path / "out", FolderOptions(size=16))
+    lines.append({"file": "dogs/three.png", "caption": "a dog"})
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = read_rows(build_folder(folder, tmp_path / "out", FolderOptions(size=16)))
+    assert [row["label"] for row in rows] == ["a cat", "two cats", "a dog"]
+    (folder / "captions.jsonl").write_text("{broken")
+    with pytest.raises(ValueError, match="line 1"):
+        build_folder(folder, tmp_path / "out", FolderOptions(size=16))
+
+
+def test_bad_folders_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        build_folder(tmp_path / "none", tmp_path / "out", FolderOptions())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        build_folder(tmp_path / "empty", tmp_path / "out", FolderOptions())
+    folder = _pictures(tmp_path / "in")
+    (folder / "cats/broken.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(ValueError, match=r"broken.png can't be read as a picture"):
+        build_folder(folder, tmp_path / "out", FolderOptions(size=16))
+    assert not (tmp_path / "out").exists()
+    said = []
+    build_folder(folder, tmp_path / "out", FolderOptions(size=16, skip_broken=True), said.append)
+    assert len(read_rows(tmp_path / "out/images.parquet")) == 3 and "broken.png" in said[0]
+
+
+def test_video_folder_becomes_clips(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    frames = np.stack([np.full((32, 48, 3), 10 * k, np.uint8) for k in range(20)])
+    iio.imwrite(folder / "fade_1.mp4", frames, fps=10, macro_block_size=16)
+    build_folder(folder, tmp_path / "out", FolderOptions(size=16, every=2, frames=8, heldout=0.0))
+    row = read_rows(tmp_path / "out/clips.parquet")[0]
+    assert row["num_frames"] == 8 and row["label"] == "fade"
+    clip = decode_clip(row["clip"], "clip").float().mean((1, 2, 3))
+    assert clip.shape == (8,) and (clip.diff() > 12).all()
+
+
+def test_centre_crop_keeps_the_middle():
+    wide = np.zeros((40, 120, 3), np.uint8)
+    wide[:, 40:80] = 200
+    crop = centre_crop(Image.fromarray(wide), 20)
+    assert crop.shape == (20, 20, 3) and crop[:, 2:-2].min() > 180
+
+
+def test_clips_keep_every_frame_even_equal_ones():
+    frames = [np.full((8, 8, 3), 50 * (k // 2), np.uint8) for k in range(8)]
+    buffer = io.BytesIO()
+    pictures = [Image.fromarray(np.concatenate([f, np.full((8, 1, 3), i, np.uint8)], 1)) for i, f in enumerate(frames)]
+    pictures[0].save(buffer, "WEBP", save_all=True, append_images=pictures[1:], duration=42, lossless=True)
+    kept, duration = clip_frames(buffer.getvalue(), 16, 2)
+    assert len(kept) == 4 and duration == 8 * 42 and kept[0].shape == (16, 16, 3)
+    from dit_suite.data.anim64 import _convert
+
+    data, count, _ = _convert(buffer.getvalue(), 16, 1, 100)
+    assert count == 8 and len(decode_clip(data, "clip")) == 8
+    exact = decode_clip(encode_clip(kept, 100, 84), "clip").permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(exact, np.stack(kept))
+
+
+def test_player_turns_to_the_deeper_side_near_a_wall():
+    depth = np.full((120, 160), 5, np.uint8)
+    depth[:, :80] = 9
+    player = DepthPlayer(np.random.default_rng(0))
+    assert {player.act(depth) for _ in range(10)} == {2} and BUTTONS[2] == (0, 1, 0)
+    depth = depth[:, ::-1]
+    assert DepthPlayer(np.random.default_rng(0)).act(depth) == 3
+    far = DepthPlayer(np.random.default_rng(1))
+    actions = [far.act(np.full((120, 160), 100, np.uint8)) for _ in range(400)]
+    assert set(actions) == set(range(6)) and np.equal(actions[1:], actions[:-1]).mean() > 0.6
+
+
+def test_recording_is_deterministic_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    pytest.importorskip("vizdoom")
+    monkeypatch.chdir(tmp_path)
+    options = FreedoomOptions(scenarios=("my_way_home",), frames=80, episode_frames=50)
+    paths = [build_freedoom(tmp_path / name, options) for name in ("a", "b")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    other = build_freedoom(tmp_path / "c", FreedoomOptions(**{**options.to_kwargs(), "seed": 1}))
+    rows, changed = read_rows(paths[0]), read_rows(other)
+    assert rows[0]["frames"] != changed[0]["frames"]
+    assert [len(row["actions"]) for row in rows] == [50, 30] and rows[0]["episode"] != rows[1]["episode"]
+    frames = np.frombuffer(rows[0]["frames"], np.uint8).reshape(-1, 48, 64, 3)
+    assert len(frames) == 50 and still_share(frames) < 0.2
+    source = open_source(DataSection(kind="actions", path=str(tmp_path / "a"), frames=8, split="all"))
+    assert len(source) == 43 + 23 and source.sample_shape == (3, 8, 48, 64)
+    assert "Freedoom" in (tmp_path / "a/NOTICE").read_text()
+
+
+def test_unknown_levels_are_refused():
+    with pytest.raises(ValueError, match="scenarios must be one of"):
+        FreedoomOptions(scenarios=("my_own.wad",))
+
+
+def test_command_line_reports_bad_input_in_one_line(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts/prepare_data.py"), "emoji64"]
+    command += ["--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and "--download" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
