@@ -13,7 +13,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import FeedForward
-from diffusers.models.embeddings import LabelEmbedding, TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -27,6 +27,7 @@ from dit_suite.models.block_causal import (
     skip_causal_pattern,
     split_head_dim,
 )
+from dit_suite.models.dit import LabelEmbedder
 from dit_suite.models.kv_cache import BlockKVCache
 
 TIME_FEATURES = 256
@@ -159,7 +160,7 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         square_blocks: squares of tokens (one frame only) instead of runs of tokens; None: squares for pictures.
         num_layers, num_attention_heads, attention_head_dim, mlp_ratio: of the transformer.
         num_classes: labels `0 .. num_classes - 1`; the null label is `num_classes`.
-        class_dropout_prob: share of labels replaced by the null label in training mode (0: no null label, no guidance).
+        class_dropout_prob: share of labels that training drops (the trainer does it); 0: no null label, no guidance.
         rope_style: "axial", a true rotation per axis, or "reference", as in the released weights.
         rope_split: channels per position axis, in proportion; None: (1, 1) for pictures, (2, 3, 3) for clips.
 
@@ -214,7 +215,7 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.token_embed = nn.Linear(token_channels, hidden, bias=False)
         self.time_features = Timesteps(TIME_FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(TIME_FEATURES, hidden)
-        self.label_embed = LabelEmbedding(num_classes, hidden, class_dropout_prob)
+        self.label_embed = LabelEmbedder(num_classes, hidden, class_dropout_prob > 0)
         self.transformer_blocks = nn.ModuleList(
             ACDiTBlock(hidden, num_attention_heads, attention_head_dim, mlp_ratio) for _ in range(num_layers)
         )

@@ -30,6 +30,7 @@ class ModelCase:
         config: arguments of the class.
         inputs: makes the keyword arguments of `forward` for a batch of `BATCH`, seeded.
         no_gradient: parameters that this forward pass leaves out (parts of their names).
+        float32_output: the output stays float32 whatever the weights are (a flow's state, for one).
         fullgraph: compiles without a graph break.
     """
 
@@ -38,6 +39,7 @@ class ModelCase:
     config: Mapping[str, Any]
     inputs: Callable[[], dict[str, Any]]
     no_gradient: tuple[str, ...] = ()
+    float32_output: bool = False
     fullgraph: bool = True
 
     def build(self) -> torch.nn.Module:
@@ -194,7 +196,7 @@ MODELS: tuple[ModelCase, ...] = (
     ),
     ModelCase("pt-dit", "dit_suite.models.pt_dit:PTDiTTransformer3DModel", _PT_DIT, text_inputs),
     ModelCase("lego", "dit_suite.models.lego:LegoTransformer2DModel", _LEGO, edm_inputs),
-    ModelCase("tarflow", "dit_suite.models.tarflow:TarFlowModel", _TARFLOW, flow_inputs),
+    ModelCase("tarflow", "dit_suite.models.tarflow:TarFlowModel", _TARFLOW, flow_inputs, float32_output=True),
     ModelCase("acdit", "dit_suite.models.acdit:ACDiTTransformer3DModel", _ACDIT, block_inputs),
     ModelCase("nfd", "dit_suite.models.nfd:NFDTransformer3DModel", _NFD, game_inputs),
 )
