@@ -30,7 +30,7 @@ class MovingSquareOptions(Options):
 
     size: int = option(16, "pixels per side of a frame", minimum=8, maximum=128)
     square: int = option(4, "pixels per side of the square", minimum=1, maximum=64)
-    step: int = option(1, "pixels per move", minimum=1, maximum=16)
+    step: int = option(2, "pixels per move", minimum=1, maximum=16)
     persistence: float = option(0.7, "chance that the player repeats the last action", minimum=0.0, maximum=1.0)
 
     def validate(self) -> None:

@@ -2,8 +2,9 @@
 
 `x_i = (1 - s_i) x0_i + s_i n_i`, target `n_i - x0_i`, loss the mean over frames; later frames read the noisy earlier
 ones (diffusion forcing). The paper draws all s_i from SD3's logit-normal, which almost never shows the nearly clean
-context that sampling works with; `context_share` of the frames are therefore drawn near the context level (0 gives the
-paper's objective).
+context that sampling works with; `context_share` of the frames are therefore drawn near the context level and do not
+count in the loss (at level s a velocity error is an x0 error times 1/s, so they would drown the rest). A share of 0
+gives the paper's objective.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from dit_suite.training.objectives import (
     TrainingBatch,
     interpolate,
     logit_normal,
-    mean_per_sample,
     velocity,
 )
 
@@ -33,16 +33,19 @@ class NextFrameFlow(Options):
     context_share: float = option(0.0, "share of frames at context quality", minimum=0.0, maximum=1.0)
     context_level: float = option(0.05, "noise level of context frames when sampling", minimum=0.0, maximum=0.5)
 
-    def sample_levels(self, num_frames: int, draws: Draws) -> torch.Tensor:
-        """Levels `(batch, frames)` in (0, 1); context frames are uniform between 0 and twice the context level."""
+    def sample_levels(self, num_frames: int, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+        """Levels `(batch, frames)` in (0, 1) and which frames are context (uniform up to twice the context level)."""
         levels = logit_normal(draws.normal(Stream.TIMESTEP, (num_frames,)), self.mean, self.std)
         choice, place = draws.uniform(Stream.AUXILIARY, (2, num_frames)).unbind(1)
-        return torch.where(choice < self.context_share, 2 * self.context_level * place, levels)
+        is_context = choice < self.context_share
+        return torch.where(is_context, 2 * self.context_level * place, levels), is_context
 
     def loss(self, model: Callable[..., Any], batch: TrainingBatch) -> ObjectiveResult:
         x0 = batch.samples
-        level = self.sample_levels(x0.shape[2], batch.draws)
+        level, is_context = self.sample_levels(x0.shape[2], batch.draws)
         noise = batch.draws.normal(Stream.NOISE, x0.shape[1:])
         output = model(interpolate(x0, noise, level), timestep=level, **batch.condition)
-        error = output.float() - velocity(x0, noise)
-        return ObjectiveResult(mean_per_sample(error.square()), level, output)
+        error = (output.float() - velocity(x0, noise)).square().mean(dim=(1, 3, 4))
+        counted = (~is_context).float()
+        loss = (error * counted).sum(1) / counted.sum(1).clamp(min=1.0)
+        return ObjectiveResult(loss, level, output)

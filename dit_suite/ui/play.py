@@ -1,7 +1,7 @@
 """Playing inside a model: a session per visitor, and the Play tab around it.
 
 `PlaySession` holds one visitor's clip and has no Gradio in it. Frames follow from (model, options, seed, start frame,
-actions) alone, so a recording can be made again from its metadata.
+actions) alone and equal those of `NFDPipeline`, so a recording can be made again from its metadata.
 """
 
 import threading
@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_suite.metadata import VERSION, versions
+from dit_suite.call_options import NFDOptions
 from dit_suite.options import Options, option
+from dit_suite.sampling import SamplingJob, sample_record
 from dit_suite.schedulers.frame_sampler import FrameSampler, FrameSamplerOptions
 from dit_suite.schedulers.speculative import MODES, SpeculativeOptions, SpeculativeSampler
 
@@ -93,26 +94,28 @@ class PlaySession:
         self.frames: list[np.ndarray] = []
         with self.lock, torch.no_grad():
             self._sampler: FrameSampler = pipe.sampler([self._base_seed()], settings, speculation.num_ahead)
-            self._begin()
-        self._machine = SpeculativeSampler(self._sampler, speculation)
+            self._given = self._begin()
+            self._machine = SpeculativeSampler(self._sampler, speculation)
+            if not self._given:
+                null = (0.0,) * pipe.transformer.config.num_actions
+                self.frames.append(self._picture(pipe.decode(self._machine.tick(null)[:, :, None])[0, :, 0]))
 
     def _base_seed(self) -> int:
         generator = torch.Generator().manual_seed(self.options.seed)
         return self.pipe.base_seeds(1, generator)[0]
 
-    def _begin(self) -> None:
-        """Gives or dreams the first frame."""
-        null = torch.zeros(1, 1, self.pipe.transformer.config.num_actions)
+    def _begin(self) -> bool:
+        """Puts the chosen start frame in place; False when the model is to dream one."""
         given = self.pipe.start_frames() if self.options.start_frame is not None else None
-        if given is not None:
-            if self.options.start_frame >= len(given):
-                raise ValueError(f"start_frame must be between 0 and {len(given) - 1}, got {self.options.start_frame}")
-            self._sampler.extend(self.pipe.encode(given[self.options.start_frame][None, :, None]), null)
-            self.frames.append(self._picture(given[self.options.start_frame]))
-            return
-        frame = self._sampler.draft(null)
-        self._sampler.append(frame[:, :, 0], null[:, 0])
-        self.frames.append(self._picture(self.pipe.decode(frame)[0, :, 0]))
+        if given is None:
+            return False
+        if self.options.start_frame >= len(given):
+            raise ValueError(f"start_frame must be between 0 and {len(given) - 1}, got {self.options.start_frame}")
+        frame = given[self.options.start_frame]
+        null = torch.zeros(1, 1, self.pipe.transformer.config.num_actions)
+        self._sampler.extend(self.pipe.encode(frame[None, :, None]), null)
+        self.frames.append(self._picture(frame))
+        return True
 
     @staticmethod
     def _picture(sample: torch.Tensor) -> np.ndarray:
@@ -166,17 +169,17 @@ class PlaySession:
         )
 
     def record(self, model: str, weights_sha256: str) -> dict[str, Any]:
-        """Metadata that `replay` makes the same frames from."""
-        return {
-            "version": VERSION,
-            "technique": "nfd",
-            "kind": "play",
-            "model": model,
-            "weights_sha256": weights_sha256,
-            "condition": self.actions.copy(),
-            "play_options": self.options.to_dict(),
-            "software": versions(),
-        }
+        """Metadata of a sampling job that makes the same frames (`scripts/sample.py --from-image`)."""
+        options = NFDOptions(
+            num_inference_steps=self.num_inference_steps,
+            start_frame=self.options.start_frame if self._given else None,
+            speculation=self.options.speculation,
+            draft_length=self.options.draft_length,
+            adaptive_draft=self.options.adaptive_draft,
+            fps=self.options.frames_per_second,
+        )
+        job = SamplingJob("nfd", model, weights_sha256, (self.actions.copy(),), options, self.options.seed, 1)
+        return sample_record(job, 0, [0])
 
     def save(self, path: Path, model: str, weights_sha256: str) -> Path:
         """Writes the game as MP4 with its actions inside. Small frames are enlarged without smoothing."""
@@ -194,14 +197,6 @@ class PlaySession:
 def enlargement(height: int, target: int = 256) -> int:
     """The whole factor that brings a picture of `height` pixels to about `target`."""
     return max(1, target // height)
-
-
-def replay(pipe: Any, record: dict[str, Any]) -> list[np.ndarray]:
-    """The frames of a recorded game, made again."""
-    session = PlaySession(pipe, PlayOptions.from_dict(record["play_options"]))
-    for action in record["condition"]:
-        session.step(action)
-    return session.frames
 
 
 def keys_of_actions(names: Sequence[str]) -> list[list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio.context import Context
 from PIL import Image
 
 from dit_suite.schedulers.speculative import MODES
@@ -210,6 +211,9 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
         except ValueError as error:
             raise gr.Error(str(error)) from None
 
+    def halt(request: gr.Request) -> None:
+        rooms.stop(request.session_hash)
+
     def leave(request: gr.Request) -> None:
         rooms.forget(request.session_hash)
 
@@ -217,10 +221,10 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
     private = {"api_visibility": "private"}
     game = start.click(
         play, controls, [screen, figures], concurrency_id="play", concurrency_limit=context.max_visitors,
-        show_progress="hidden", js=None, **private,
+        show_progress="hidden", **private,
     )  # fmt: skip
     start.click(None, None, None, js=_KEYS, **private)
-    stop.click(lambda request: rooms.stop(request.session_hash), None, None, queue=False, cancels=[game], **private)
+    stop.click(halt, None, None, queue=False, cancels=[game], **private)
     save.click(keep, None, [saved], **private)
 
     @gr.render(inputs=[model])
@@ -243,5 +247,5 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
         return gr.Dropdown(choices, value=choices[0]), chosen.config.default_steps, chosen.config.fps
 
     model.change(switched, [model], [begin, steps, speed], **private)
-    gr.context.Context.root_block.unload(leave)
+    Context.root_block.unload(leave)
     return rooms
