@@ -280,7 +280,7 @@ class TarFlowModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TarFlowBlock"]
     _repeated_blocks = ["TarFlowBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "class_embed", "norm", "var"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "class_embed", "proj_in", "norm", "var"]
 
     @register_to_config
     def __init__(
