@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dit_suite.attention import adaspa
-from dit_suite.attention.adaspa import AdaSpaConfig, LayerReport, LayerState
+from dit_suite.attention.adaspa import AdaSpaConfig, LayerReport, LayerState, SearchResult
 from dit_suite.attention.block_sparse import WorkCounter, block_sparse_attention, count_pairs
 from dit_suite.attention.calls import AttentionCall
 from dit_suite.attention.merge import attention_with_lse
@@ -83,7 +83,7 @@ class AdaSpaMethod:
             raise StayDense(str(error)) from None
         state = self._state(step.run, (call.model, step.branch, call.layer, call.item, tuple(call.query.shape)))
         report = self._report(call)
-        phase = adaspa.phase_of(state, step.step_index, searches)
+        phase = self._phase(state, step.step_index, searches)
         if phase == "dense":
             report.dense_calls += 1
             return call.dense()
@@ -95,6 +95,20 @@ class AdaSpaMethod:
             state.searches_done = sum(s <= step.step_index for s in searches)
             state.last_step = step.step_index
         return out
+
+    def _phase(self, state: LayerState, step: int, searches: tuple[int, ...]) -> str:
+        return adaspa.phase_of(state, step, searches)
+
+    def _choose(
+        self,
+        call: AttentionCall,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        lse: torch.Tensor,
+        kept_apart: torch.Tensor | None,
+    ) -> SearchResult:
+        """The table for video tokens in block order; `lse` is the cached log-sum-exp of their rows."""
+        return adaspa.search(query, key, lse, self.config, self._block_size(call), call.scale, kept_apart)
 
     def _block_size(self, call: AttentionCall) -> int:
         return self.config.block_size or (128 if call.query.device.type == "cuda" else 64)
@@ -144,7 +158,7 @@ class AdaSpaMethod:
             kept_apart = share + call.text_counts()[:, None].to(share.dtype)
         lse = lse if order is None else order.permute(lse, 2)
         block = self._block_size(call)
-        state.result = adaspa.search(query, key, lse, self.config, block, call.scale, kept_apart)
+        state.result = self._choose(call, query, key, lse, kept_apart)
         _synchronize(query.device)
         report.search_seconds += time.perf_counter() - start
         report.record_search(state.result)

@@ -142,14 +142,20 @@ class _Attachment:
 
 
 class SparseAttentionHandle:
-    """A sparse method on the transformers of a pipeline; also a context manager that removes itself."""
+    """A sparse method on the transformers of a pipeline; also a context manager that removes itself.
 
-    def __init__(self, target: Any, method: Any, layers: tuple[int, ...] | None = None) -> None:
+    With `keep_state` the method keeps its tables and counts when the handle is removed, so that it can go on.
+    """
+
+    def __init__(
+        self, target: Any, method: Any, layers: tuple[int, ...] | None = None, *, keep_state: bool = False
+    ) -> None:
         models = _transformers(target)
         pipeline = None if isinstance(target, torch.nn.Module) else target
         for model in models:
             _check_free(model)
         self.method = method
+        self._keep_state = keep_state
         self.fallbacks: Counter = Counter()
         self._warned: set[str] = set()
         self._attachments: list[_Attachment] = []
@@ -251,7 +257,8 @@ class SparseAttentionHandle:
         for attachment in reversed(self._attachments):
             attachment.remove()
         self._attachments.clear()
-        self.method.reset()
+        if not self._keep_state:
+            self.method.reset()
 
     def __enter__(self) -> "SparseAttentionHandle":
         if not self._attachments:

@@ -1,0 +1,122 @@
+"""Sparse attention at the sizes people run: full-width layers with random weights on one CUDA device.
+
+The dense side is torch's cuDNN attention. `layer` rows time the attention of one layer; `model` rows time a forward of
+a few full-width layers, so the embeddings weigh more than they do in the whole network.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dit_suite.attention.adaspa import AdaSpaConfig
+from dit_suite.attention.block_mass import block_mass
+from dit_suite.attention.block_sparse import block_sparse_attention, choose_backend
+from dit_suite.attention.merge import attention_with_lse
+from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod
+from dit_suite.attention.plugin import SparseAttentionHandle, self_attention_layers
+from dit_suite.attention.vmoba import VMoBAConfig, vmoba_attention
+from dit_suite.benchmarks.sparse_kernels import interleaved, median_ratio, random_table
+from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+
+# Name, (frames, rows, columns) of tokens, heads; head_dim is 128 in both.
+SHAPES = (
+    ("wan2.1-1.3b 480p", (21, 30, 52), 12),
+    ("wan2.1-1.3b 720p", (21, 45, 80), 12),
+    ("hunyuan 720p", (33, 45, 80), 24),
+)
+_PAPER_BLOCKS = {"block_1d": 3.0, "block_2d": (9, 10), "block_3d": (7, 15, 20), "topk": (2, 10, 9)}
+_BLOCK, _DIM = 128, 128
+
+
+def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return F.scaled_dot_product_attention(query, key, value)
+
+
+def _layer_rows(name: str, grid: tuple[int, int, int], heads: int, repeats: int) -> list[dict[str, Any]]:
+    tokens = grid[0] * grid[1] * grid[2]
+    query, key, value = (torch.randn(1, heads, tokens, _DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    lse = attention_with_lse(query, key, value)[1].float()
+    runs: dict[str, Callable[[], Any]] = {
+        "dense cuDNN": lambda: _cudnn(query, key, value),
+        "search": lambda: block_mass(query, key, lse, _BLOCK),
+    }
+    backend = choose_backend(query, key, _BLOCK).name
+    for density in (0.1, 0.2, 0.3):
+        table = random_table(heads, tokens, _BLOCK, density, "cuda")
+        runs[f"adaspa {backend} density {density}"] = lambda t=table: block_sparse_attention(
+            query, key, value, *t, _BLOCK
+        )
+    config = VMoBAConfig.training_free(**(_PAPER_BLOCKS if grid == (21, 45, 80) else {}))
+    for layer, kind in enumerate(("1d", "2d", "3d")):
+        runs[f"vmoba {kind}"] = lambda i=layer: vmoba_attention(query, key, value, grid, config, i)
+    times = interleaved(runs, repeats)
+    return [
+        {
+            "part": "gpu",
+            "what": f"layer, {name}",
+            "tokens": tokens,
+            "method": method,
+            "ms": sorted(t[0] for t in taken)[len(taken) // 2] * 1e3,
+            "step_speedup": median_ratio(times["dense cuDNN"], taken, 0),
+        }
+        for method, taken in times.items()
+    ]
+
+
+def _wan(layers: int) -> torch.nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("cuda"):
+        model = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=layers)
+    return model.to(torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def _model_rows(grid: tuple[int, int, int], layers: int, repeats: int) -> list[dict[str, Any]]:
+    model = _wan(layers)
+    for _, module in self_attention_layers(model):
+        module.set_attention_backend("_native_cudnn")
+    given = {
+        "hidden_states": torch.randn(1, 16, grid[0], grid[1] * 2, grid[2] * 2, device="cuda", dtype=torch.bfloat16),
+        "encoder_hidden_states": torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16),
+        "timestep": torch.full((1,), 600.0, device="cuda"),
+    }
+    model.compile_repeated_blocks(dynamic=False)
+    methods = {
+        "adaspa sparsity 0.8": AdaSpaMethod(AdaSpaConfig(search_steps=(0.0,))),
+        "vmoba training-free": VMoBAMethod(VMoBAConfig.training_free(dense_first_steps=0.0)),
+    }
+    run = Run()
+
+    def forward(method: Any = None, index: int = 1) -> None:
+        scope = SparseAttentionHandle(model, method, keep_state=True) if method else contextlib.nullcontext()
+        with scope, publish_step(StepContext(index, 50, 600.0, "cond", run=run)):
+            model(**given, return_dict=False)
+
+    forward(methods["adaspa sparsity 0.8"], index=0)
+    runs = {"dense cuDNN": forward} | {name: lambda m=method: forward(m) for name, method in methods.items()}
+    times = interleaved(runs, repeats)
+    return [
+        {
+            "part": "gpu",
+            "what": f"model, {layers} layers of wan2.1-1.3b",
+            "tokens": grid[0] * grid[1] * grid[2],
+            "method": method,
+            "ms": sorted(t[0] for t in taken)[len(taken) // 2] * 1e3,
+            "step_speedup": median_ratio(times["dense cuDNN"], taken, 0),
+        }
+        for method, taken in times.items()
+    ]
+
+
+def gpu_rows(layers: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows for every shape; needs CUDA."""
+    rows: list[dict[str, Any]] = []
+    for name, grid, heads in SHAPES:
+        rows += _layer_rows(name, grid, heads, repeats)
+    return rows + _model_rows((21, 45, 80), layers, repeats)
