@@ -170,6 +170,7 @@ def _no_condition(config: TrainConfig, source: Source, accepted: frozenset[str])
 _BY_TASK: Mapping[str, Callable[[TrainConfig, Source, frozenset[str]], Conditioner]] = {
     "unconditional": _no_condition,
     "class-to-image": _class_condition,
+    "class-to-video": _class_condition,
     "text-to-image": _text_condition,
     "text-to-video": _text_condition,
     "action-to-video": _action_condition,

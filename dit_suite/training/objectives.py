@@ -387,11 +387,12 @@ class FlowNLL(Options):
         return ObjectiveResult(flow_nll(latents, logdet), None, output, {"latent_mean_square": mean_square})
 
 
-OBJECTIVES: tuple[tuple[str, type[Options]], ...] = (
-    ("rectified_flow", RectifiedFlow),
-    ("diffusion", Diffusion),
-    ("edm", EDM),
-    ("flow_nll", FlowNLL),
+OBJECTIVES: tuple[tuple[str, str], ...] = (
+    ("rectified_flow", "dit_suite.training.objectives:RectifiedFlow"),
+    ("diffusion", "dit_suite.training.objectives:Diffusion"),
+    ("edm", "dit_suite.training.objectives:EDM"),
+    ("flow_nll", "dit_suite.training.objectives:FlowNLL"),
+    ("block_diffusion", "dit_suite.training.block_objectives:BlockDiffusion"),
 )
 
 
@@ -401,9 +402,9 @@ def objective_class(name: str) -> type[Options]:
     Raises:
         ValueError: no such objective.
     """
-    for known, found in OBJECTIVES:
+    for known, reference in OBJECTIVES:
         if known == name:
-            return found
+            return resolve(reference)
     if ":" not in name:
         names = ", ".join(known for known, _ in OBJECTIVES)
         raise ValueError(f"there is no objective {name!r}; the names are {names}, or module:Class")
