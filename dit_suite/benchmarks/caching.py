@@ -61,15 +61,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Bench:
     """The pipeline and how one picture is made with it."""
 
+    model: str
     pipe: Any
     guidance_scale: float
     seed: int
 
-    def sample(self, prompt_index: int, steps: int) -> tuple[torch.Tensor, float, float]:
+    def sample(self, prompt_index: int, steps: int, scope: Any = None) -> tuple[torch.Tensor, float, float]:
         """One uint8 picture (1, 3, H, W), seconds of wall time and of CPU time."""
+        pipe = scope if hasattr(scope, "transformer") else self.pipe
         generator = [torch.Generator().manual_seed(self.seed + prompt_index)]
         wall, cpu = time.perf_counter(), time.process_time()
-        output = self.pipe(
+        output = pipe(
             PROMPTS[prompt_index % len(PROMPTS)], num_inference_steps=steps, guidance_scale=self.guidance_scale,
             generator=generator, output_type="pt", return_dict=False,
         )  # fmt: skip
@@ -83,8 +85,8 @@ class Bench:
         from dit_suite.caching.recorder import FlopMeter
 
         meter = FlopMeter()
-        with scope(), meter:
-            picture = self.sample(0, steps)[0]
+        with scope() as inside, meter:
+            picture = self.sample(0, steps, inside)[0]
         return float(meter.total), picture
 
 
@@ -135,9 +137,16 @@ def _taylorseer(model: Any, interval: int, order: int, lite: bool) -> AbstractCo
 
 
 @contextlib.contextmanager
-def _dbcache(pipe: Any, threshold: float, steps: int) -> Iterator[None]:
-    """cache-dit's DBCache (F1B0, two warm-up steps), where that package is installed."""
+def _dbcache(model: str, threshold: float, steps: int) -> Iterator[Any]:
+    """cache-dit's DBCache (F1B0, two warm-up steps), where that package is installed, on a pipeline of its own.
+
+    Disabling it leaves the transformer with other parameter names, so the shared pipeline is kept out of it.
+    """
+    from dit_suite.checkpoints import load_pipeline
+
     cache_dit = importlib.import_module("cache_dit")
+    pipe = load_pipeline(model)
+    pipe.set_progress_bar_config(disable=True)
     adapter = cache_dit.BlockAdapter(
         pipe=pipe, transformer=pipe.transformer, blocks=pipe.transformer.transformer_blocks,
         forward_pattern=cache_dit.ForwardPattern.Pattern_3, has_separate_cfg=False,
@@ -148,7 +157,7 @@ def _dbcache(pipe: Any, threshold: float, steps: int) -> Iterator[None]:
     )  # fmt: skip
     cache_dit.enable_cache(adapter, cache_config=config)
     try:
-        yield
+        yield pipe
     finally:
         cache_dit.disable_cache(adapter)
 
@@ -202,7 +211,7 @@ def _rival_methods(bench: Bench, steps: int, full: float, target: float, runs: i
     tunable: dict[str, Callable[[float], Scope]] = {
         "FirstBlockCache (diffusers)": lambda t: lambda: _first_block_cache(model, t),
         "MagCache (diffusers)": lambda t: lambda: _mag_cache(model, t, steps, ratios),
-        "DBCache F1B0 (cache-dit)": lambda t: lambda: _dbcache(bench.pipe, t, steps),
+        "DBCache F1B0 (cache-dit)": lambda t: lambda: _dbcache(bench.model, t, steps),
     }
     found, left_out = [], []
     for name, scope in tunable.items():
@@ -213,12 +222,9 @@ def _rival_methods(bench: Bench, steps: int, full: float, target: float, runs: i
             continue
         found.append(Method(name, f"threshold {threshold:.3f}", scope(threshold), steps))
     interval = max(2, round(1 / target))
-    for lite in (False, True):
-        for order in (1, 2):
-            kind = "lite" if lite else "attention + FFN"
-            setting = f"{kind}, interval {interval}, order {order}"
-            scope = functools.partial(_taylorseer, model, interval, order, lite)
-            found.append(Method("TaylorSeer (diffusers)", setting, scope, steps))
+    for kind, order in (("attention + FFN", 1), ("attention + FFN", 2), ("lite", 1)):
+        scope = functools.partial(_taylorseer, model, interval, order, kind == "lite")
+        found.append(Method("TaylorSeer (diffusers)", f"{kind}, interval {interval}, order {order}", scope, steps))
     return found, left_out
 
 
@@ -231,8 +237,8 @@ def _measure(bench: Bench, methods: list[Method], num_prompts: int, full: float)
     for prompt in range(1, num_prompts + 1):
         reference = None
         for method in methods:
-            with method.scope():
-                picture, wall, cpu = bench.sample(prompt, method.steps)
+            with method.scope() as inside:
+                picture, wall, cpu = bench.sample(prompt, method.steps, inside)
             method.wall.append(wall)
             method.cpu.append(cpu)
             if reference is None:
@@ -251,7 +257,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
-    bench, steps = Bench(pipe, args.guidance_scale, args.seed), args.num_inference_steps
+    bench, steps = Bench(args.model, pipe, args.guidance_scale, args.seed), args.num_inference_steps
     full, _ = bench.flops(contextlib.nullcontext, steps)
     target = args.flop_fractions[len(args.flop_fractions) // 2]
     methods = [Method("no cache", "", contextlib.nullcontext, steps)]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry
 
-from dit_suite.caching.block_probe import find_blocks, find_units, stream_layout
+from dit_suite.caching.block_probe import GRANULARITIES, find_blocks, find_units, stream_layout
 from dit_suite.caching.cache_hooks import BlockHook, Engine, Stack, StackHook, SubBlockHook
 from dit_suite.caching.plan import BACConfig, BACSchedule, build_schedule
 from dit_suite.caching.profile import SimilarityProfile, model_fingerprint
@@ -45,7 +45,7 @@ class BACHandle:
             model._cache_config = self.config
 
     def _register(self, schedule: BACSchedule) -> None:
-        units = {unit.name: unit for unit in find_units(self.model, schedule.granularity)}
+        units = {unit.name: unit for size in GRANULARITIES for unit in find_units(self.model, size)}
         blocks = {block.name: block for block in find_blocks(self.model)}
         for index, name in enumerate(schedule.blocks):
             if name not in units:

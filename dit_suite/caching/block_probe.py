@@ -4,6 +4,7 @@ Three granularities. "subblock": the attention and feed-forward modules inside e
 "block": whole blocks, by what they add to the residual stream. "stack": a whole list of blocks, likewise.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,7 +25,8 @@ class StreamLayout:
     Attributes:
         arguments: names of the block's stream arguments, main stream first.
         positions: position of each stream among the block's positional arguments.
-        outputs: index of each stream in the returned tuple, or None where the block returns one bare tensor.
+        outputs: index of each stream in the returned tuple; None for a block that returns one bare tensor, or its
+            streams in the order of its arguments.
     """
 
     arguments: tuple[str, ...] = ("hidden_states",)
@@ -123,11 +125,16 @@ def find_blocks(model: nn.Module) -> tuple[Block, ...]:
 
 
 def stream_layout(block: nn.Module) -> StreamLayout:
-    """How a block carries its token streams: from diffusers' registry where the class is listed there."""
+    """How a block carries its token streams.
+
+    diffusers' registry knows for its own classes. Any other block is taken to return its first streams in the order in
+    which its forward takes them.
+    """
     try:
         entry = TransformerBlockRegistry.get(type(block))
     except ValueError:
-        return StreamLayout()
+        names = tuple(inspect.signature(type(block).forward).parameters)[1:3]
+        return StreamLayout(names, tuple(range(len(names))))
     main, second = entry.return_hidden_states_index, entry.return_encoder_hidden_states_index
     if second is None:
         return StreamLayout((entry.hidden_states_argument_name,))

@@ -17,7 +17,7 @@ from diffusers.hooks import ModelHook
 
 from dit_suite.caching.block_probe import StreamLayout
 from dit_suite.caching.plan import BACConfig, BACSchedule
-from dit_suite.caching.streams import flat_tensors, join_streams, read_streams, split_streams
+from dit_suite.caching.streams import added_streams, flat_tensors, join_streams, read_streams, split_streams
 from dit_suite.schedulers.step_plan import StepContext, current_step
 
 _DTYPES = {"same": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,16 +109,16 @@ class Engine:
             return None, True
         if not entries:
             return None, False
-        if entries[0].fits != fits:
+        if not _fits(entries[0].fits, fits):
             return None, True
         anchors = [c for c in reversed(plan.steps[unit]) if c < index][: len(weights)]
-        matched = [e for e in entries if e.fits == fits][: len(weights)]
+        matched = [e for e in entries if _fits(e.fits, fits)][: len(weights)]
         if [e.index for e in matched] != anchors:
             weights, matched = (1.0,), entries[:1]
         return [self._blend(parts, weights) for parts in zip(*(e.tensors for e in matched), strict=True)], False
 
     def _blend(self, parts: tuple[torch.Tensor | None, ...], weights: Sequence[float]) -> torch.Tensor | None:
-        if parts[0] is None:
+        if any(part is None for part in parts):
             return None
         if weights[0] == 1.0 and not any(weights[1:]):
             return parts[0]
@@ -132,7 +132,7 @@ class Engine:
     ) -> None:
         """Stores a computed output, the newest first, as many as the forecast draws on."""
         kept = [None if t is None else self._store(t.detach()) for t in tensors]
-        entries = [e for e in state.entries.get((branch, unit), []) if e.fits == fits]
+        entries = [e for e in state.entries.get((branch, unit), []) if _fits(e.fits, fits)]
         limit = 1 if self.config.predictor == "reuse" else self.config.order
         state.entries[(branch, unit)] = [_Entry(index, fits, kept), *entries][:limit]
         self.peak_bytes = max(self.peak_bytes, self.cached_bytes())
@@ -152,14 +152,20 @@ class Engine:
 
 
 def _input_key(tensors: Sequence[torch.Tensor | None]) -> tuple:
-    return tuple((tuple(t.shape), t.dtype) for t in tensors if t is not None)
+    return tuple(None if t is None else (tuple(t.shape), t.dtype) for t in tensors)
+
+
+def _fits(one: tuple, other: tuple) -> bool:
+    """Whether a cached output belongs to inputs of these shapes; a stream that one of them lacks does not matter."""
+    return all(a is None or b is None or a == b for a, b in zip(one, other, strict=True))
 
 
 def _first_tensors(args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)][:1]
 
 
-def _restore(tensors: list[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor | None]:
+def _restore(tensors: list[torch.Tensor | None], streams: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    like = next(stream for stream in streams if stream is not None)
     return [None if t is None else t.to(device=like.device, dtype=like.dtype) for t in tensors]
 
 
@@ -175,9 +181,10 @@ class _Hook(ModelHook):
 
     @torch.compiler.disable
     def _open(self, module: torch.nn.Module) -> tuple[StepContext, _RunState, int] | None:
-        """Where this call stands, or None outside a sampling loop (then nothing is cached)."""
+        """Where this call stands, or None where nothing is cached: outside a sampling loop, and in a pass that only
+        writes a key-value cache."""
         context = current_step()
-        if context is None:
+        if context is None or context.extras.get("write"):
             return None
         if module.training and torch.is_grad_enabled():
             raise ValueError("BAC is for sampling; remove it (handle.remove()) before training the model")
@@ -211,7 +218,7 @@ class SubBlockHook(_Hook):
         found, store = self._engine.recall(state, context.branch, self._unit, index, fits)
         if found is not None:
             self._engine.count(state, self._kind, "reused")
-            return self._form(_restore(found, entering[0]))
+            return self._form(_restore(found, entering))
         output = self._compute(args, kwargs)
         self._engine.count(state, self._kind, "computed")
         if store:
@@ -246,21 +253,17 @@ class BlockHook(_Hook):
         found, store = self._engine.recall(state, context.branch, self._unit, index, fits)
         if found is not None:
             self._engine.count(state, self._kind, "reused")
-            return join_streams(self._layout, _add(entering, _restore(found, entering[0])))
+            return join_streams(self._layout, _add(entering, _restore(found, entering)))
         output = self._compute(args, kwargs)
         self._engine.count(state, self._kind, "computed")
         if store:
-            leaving = split_streams(self._layout, output)
-            self._engine.keep(state, context.branch, self._unit, index, fits, _subtract(leaving, entering))
+            added = added_streams(entering, split_streams(self._layout, output))
+            self._engine.keep(state, context.branch, self._unit, index, fits, added)
         return output
 
 
 def _add(streams: list[torch.Tensor | None], increments: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [None if b is None else a + b for a, b in zip(streams, increments, strict=False)]
-
-
-def _subtract(leaving: list[torch.Tensor | None], entering: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [None if b is None else b - a for b, a in zip(leaving, entering, strict=False)]
+    return [None if a is None or b is None else a + b for a, b in zip(streams, increments, strict=False)]
 
 
 @dataclass
@@ -311,14 +314,16 @@ class StackHook(_Hook):
 
     def _hand_on(self, state: _RunState, current: _StackPass, entering: list[torch.Tensor | None]) -> Any:
         if not self._last:
-            return join_streams(self._layout, entering)
+            return join_streams(self._layout, entering[: len(current.found)])
         self._engine.count(state, self._kind, "reused")
-        return join_streams(self._layout, _add(entering, _restore(current.found, entering[0])))
+        return join_streams(self._layout, _add(entering, _restore(current.found, entering)))
 
     def _run_block(
         self, state: _RunState, index: int, current: _StackPass, entering: list, args: tuple, kwargs: dict
     ) -> Any:
-        if current.expected is not None and any(a is not b for a, b in zip(entering, current.expected, strict=False)):
+        if current.expected is not None and any(
+            a is not b for a, b in zip(entering, current.expected, strict=False) if b is not None
+        ):
             raise ValueError(
                 f"something is added to the streams before {self._name}, so its stack can't be cached as one; "
                 "use granularity='block'"
@@ -328,6 +333,6 @@ class StackHook(_Hook):
         if self._last:
             self._engine.count(state, self._kind, "computed")
             if current.store:
-                increments = _subtract(leaving, current.entering)
+                increments = added_streams(current.entering, leaving)
                 self._engine.keep(state, current.context.branch, self._unit, index, current.fits, increments)
         return output

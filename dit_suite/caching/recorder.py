@@ -9,7 +9,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from dit_suite.caching.block_probe import CacheUnit, StreamLayout, find_blocks, find_units, stream_layout
 from dit_suite.caching.profile import SimilarityProfile, UnitInfo, block_error, model_fingerprint, similarity_matrix
-from dit_suite.caching.streams import flat_tensors, read_streams, split_streams
+from dit_suite.caching.streams import added_streams, flat_tensors, read_streams, split_streams
 from dit_suite.schedulers.root_hook import attach_root_hook
 from dit_suite.schedulers.step_plan import StepContext, current_step
 
@@ -33,6 +33,10 @@ class FlopMeter(TorchDispatchMode):
 
 class ProfileRecorder:
     """Watches every unit of a transformer while the caller samples without a cache.
+
+    A part that does not run exactly once in every evaluation is left out of the profile. Where the first evaluation
+    of a run carries more tokens than the others (it writes a key-value cache), the second stands in for it; the first
+    is computed in any schedule. Passes that only write such a cache (`extras["write"]`) are not looked at.
 
     with ProfileRecorder(pipe) as recorder:
         for prompt in prompts:
@@ -116,7 +120,7 @@ class ProfileRecorder:
                 self._begin(container)
                 self._entered[container] = entering
             elif self._entered.get(f"{container} end") is None or any(
-                a is not b for a, b in zip(entering, self._entered[f"{container} end"], strict=False)
+                a is not b for a, b in zip(entering, self._entered[f"{container} end"], strict=False) if b is not None
             ):
                 self._broken.add(container)
             self._begin(name)
@@ -124,12 +128,12 @@ class ProfileRecorder:
 
         def after(module: Any, args: tuple, kwargs: dict, output: Any) -> None:
             leaving = split_streams(layout, output)
-            self._keep(name, _increments(self._entered.pop(name), leaving))
+            self._keep(name, _present(added_streams(self._entered.pop(name), leaving)))
             self._entered[f"{container} end"] = leaving
             if name == last[container]:
                 entering = self._entered.pop(container)
                 if container not in self._broken:
-                    self._keep(container, _increments(entering, leaving))
+                    self._keep(container, _present(added_streams(entering, leaving)))
                 self._entered.pop(f"{container} end")
 
         self._watch(module, before, after)
@@ -139,11 +143,13 @@ class ProfileRecorder:
             self._meter = FlopMeter()
             self._meter.__enter__()
 
-    def _note_evaluation(self) -> StepContext:
-        """Books the evaluation under way when its first unit is reached."""
+    def _note_evaluation(self) -> StepContext | None:
+        """Books the evaluation under way when its first unit is reached; None in a pass that only writes a cache."""
         context = current_step()
         if context is None:
             raise ValueError("calibration needs a sampling loop: this model was called outside of one")
+        if context.extras.get("write"):
+            return None
         if context is not self._context:
             if context.run is not self._run:
                 self._finish_run()
@@ -159,15 +165,18 @@ class ProfileRecorder:
             self._total_flops, self._meter = float(self._meter.total), None
 
     def _begin(self, name: str) -> None:
-        self._note_evaluation()
+        if self._note_evaluation() is None:
+            return
         self._order.setdefault(name)
         if self._meter is not None:
             self._flops[name] = self._flops.get(name, 0.0) - self._meter.total
 
     def _keep(self, name: str, tensors: list[torch.Tensor]) -> None:
+        context = self._note_evaluation()
+        if context is None:
+            return
         if self._meter is not None:
             self._flops[name] += self._meter.total
-        context = self._note_evaluation()
         kept = torch.cat([self._thin(t.detach().flatten()) for t in tensors])
         self._features.setdefault(context.branch, {}).setdefault(name, []).append(kept)
 
@@ -191,11 +200,11 @@ class ProfileRecorder:
         self._plan = plan
         for branch, units in self._features.items():
             for name, rows in units.items():
-                if len(rows) != len(plan):
-                    raise ValueError(
-                        f"{name} ran {len(rows)} times in {len(plan)} evaluations; a part that runs more or less than "
-                        "once per evaluation can't be cached at this granularity"
-                    )
+                if len(rows) != len(plan) or len({row.numel() for row in rows[1:]}) > 1:
+                    self._broken.add(name)
+                    continue
+                if rows[0].numel() != rows[-1].numel():
+                    rows = [rows[min(1, len(rows) - 1)], *rows[1:]]
                 features = torch.stack(rows)
                 entry = self._sums.setdefault(branch, {}).setdefault(name, [0.0, 0.0, 0.0])
                 wide = features.double()
@@ -242,8 +251,8 @@ class ProfileRecorder:
         return UnitInfo(name, unit.kind, layer, unit.parallel, self._flops[name], error)
 
 
-def _increments(entering: list[torch.Tensor | None], leaving: list[torch.Tensor | None]) -> list[torch.Tensor]:
-    return [b - a for a, b in zip(entering, leaving, strict=False) if a is not None and b is not None]
+def _present(streams: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    return [stream for stream in streams if stream is not None]
 
 
 def scheduler_facts(scheduler: Any) -> dict[str, Any]:
