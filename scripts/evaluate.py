@@ -43,8 +43,9 @@ def build_parser() -> argparse.ArgumentParser:
     sides.add_argument("--clips", action="store_true", help="folders hold clips instead of pictures")
     sides.add_argument("--list-references", action="store_true", help="print the bundled statistics and stop")
     how = parser.add_argument_group("how")
-    how.add_argument("--metrics", default="fd,kid", help="fd/fid/fvd sfd/sfid is kid precision recall density coverage "
-                     "mmd/cmmd psnr ssim perceptual lpips, comma-separated (default: fd,kid)")  # fmt: skip
+    how.add_argument("--metrics", help="fd/fid/fvd sfd/sfid is kid precision recall density coverage "
+                     "mmd/cmmd psnr ssim perceptual lpips, comma-separated "
+                     "(default: fd,kid where there is a reference)")  # fmt: skip
     how.add_argument("--features", default="enet-lite0", help="enet-lite0 (default), inception, dinov2:PATH, "
                      "clip:PATH, torchscript:FILE, i3d:FILE, random-conv")  # fmt: skip
     how.add_argument(
@@ -53,7 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--foreign-statistics", type=int, metavar="N",
                      help="accept a mu/sigma file without provenance, made from N images")  # fmt: skip
     how.add_argument("--device", help="default: the GPU of this process, if there is one")
-    how.add_argument("--bpd", metavar="CHECKPOINT", help="bits per dimension of --samples under a flow checkpoint")
+    how.add_argument("--bpd", metavar="CHECKPOINT",
+                     help="bits per dimension of the samples under a TarFlow, without class labels")  # fmt: skip
     EvaluationOptions.add_arguments(parser.add_argument_group("settings"))
     out = parser.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="FILE.jsonl", help="also append the JSON line to this file")
@@ -135,6 +137,29 @@ def open_inputs(args: argparse.Namespace, job: Any, state: Any) -> Any:
     return Inputs(samples, reference, baseline, train, floor, with_floor=args.floor != "none")
 
 
+def open_flow(checkpoint: str, samples: Any, device: Any) -> Any:
+    """The flow that bits per dimension are measured with."""
+    from dit_suite.checkpoints import load_pipeline
+    from dit_suite.evaluation.statistics import FeatureSet
+    from dit_suite.models.tarflow import TarFlowModel
+
+    if isinstance(samples, FeatureSet):
+        raise ValueError("bits per dimension need the samples themselves, not a statistics file")
+    model = load_pipeline(checkpoint, device=device).transformer
+    if not isinstance(model, TarFlowModel):
+        raise ValueError(f"--bpd needs a TarFlow checkpoint, {checkpoint} holds {type(model).__name__}")
+    return model
+
+
+def add_bits_per_dim(report: Any, checkpoint: str, model: Any, samples: Any) -> None:
+    """Puts the exact likelihood of the samples under a flow into the report."""
+    from dit_suite.evaluation.bpd import bits_per_dim
+
+    found = bits_per_dim(model, (samples.read([index])[0] for index in range(len(samples))))
+    report.metrics["bpd"] = found.mean
+    report.details["bpd"] = {"standard_error": found.standard_error, "checkpoint": checkpoint, "class_labels": "none"}
+
+
 def run(args: argparse.Namespace, job: Any) -> None:
     """Evaluates and prints: the line on stdout, words on stderr."""
     from dit_suite.evaluation.extractors import load_extractor
@@ -145,10 +170,13 @@ def run(args: argparse.Namespace, job: Any) -> None:
     from dit_suite.sample_files import distributed_state
 
     options = EvaluationOptions.from_namespace(args)
-    only_statistics = args.save_statistics is not None and args.reference is None
-    requests = () if only_statistics else parse_metrics(args.metrics)
+    metrics = args.metrics or ("fd,kid" if args.reference is not None else "")
+    if not metrics and args.save_statistics is None and args.bpd is None:
+        raise ValueError("give --reference, --metrics, --bpd or --save-statistics: nothing was asked for")
+    requests = parse_metrics(metrics) if metrics else ()
     state = distributed_state()
     inputs = open_inputs(args, job, state)
+    flow = None if args.bpd is None else open_flow(args.bpd, inputs.samples, args.device or state.device)
     extractor = load_extractor(
         args.features, inception_weights=args.inception_weights, device=args.device or state.device
     )
@@ -158,6 +186,8 @@ def run(args: argparse.Namespace, job: Any) -> None:
     report = evaluation.run()
     if report is None:
         return
+    if args.bpd is not None:
+        add_bits_per_dim(report, args.bpd, flow, inputs.samples)
     if args.save_statistics is not None:
         save_feature_set(args.save_statistics, evaluation.feature_set, compact=args.compact)
         print(f"statistics of {evaluation.feature_set.count} samples: {args.save_statistics}", file=sys.stderr)
@@ -165,7 +195,7 @@ def run(args: argparse.Namespace, job: Any) -> None:
         print(f"warning: {warning}", file=sys.stderr)
     for line in report.lines():
         print(line, file=sys.stderr)
-    if not only_statistics:
+    if report.metrics or report.pairs:
         print(report.to_json_line())
         if args.output is not None:
             append_line(args.output, report.to_json_line())

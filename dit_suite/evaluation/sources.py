@@ -59,6 +59,8 @@ class FolderSource:
         self.folder, self.clips = Path(folder), clips
         suffixes = CLIP_SUFFIXES if clips else PICTURE_SUFFIXES
         found = [p for p in self.folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith(".")]
+        if (self.folder / "run.json").is_file():  # a run of sample.py: its contact sheet is no sample
+            found = [path for path in found if path.stem.isdigit()]
         self.files = sorted(found, key=lambda path: path.relative_to(self.folder).as_posix())
         if not self.files:
             raise ValueError(f"{folder} holds no {'clips' if clips else 'pictures'} ({', '.join(suffixes)})")

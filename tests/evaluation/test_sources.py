@@ -35,6 +35,15 @@ def test_numbered_files_are_ordered_by_number_across_sub_folders(tmp_path, make_
     assert np.array_equal(FolderSource(tmp_path).read(range(3)), pictures)
 
 
+def test_the_contact_sheet_of_a_run_is_no_sample(tmp_path, make_squares, make_folder):
+    folder = make_folder(tmp_path / "run", make_squares(3, 0))
+    Image.new("RGB", (96, 96)).save(folder / "sheet.png")
+    with pytest.raises(ValueError, match="sheet.png is 96x96"):
+        FolderSource(folder)
+    (folder / "run.json").write_text("{}")
+    assert len(FolderSource(folder)) == 3
+
+
 def test_transparency_is_put_on_white(tmp_path):
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert FolderSource(tmp_path).read([0]).min() == 255

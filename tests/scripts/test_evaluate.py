@@ -145,3 +145,22 @@ def test_prompts_come_from_a_data_set(model, reference, tmp_path, capsys):
         "--num-samples", "12", "--num-inference-steps", "1", "--device", "cpu", "--reference", reference,
     )  # fmt: skip
     assert set(line["samples"]["job"]["conditions"]) == {"apple, noto style", "cat, flat style"}
+
+
+def test_bits_per_dimension_of_samples_under_a_flow(model, tmp_path, capsys):
+    from dit_suite.evaluation.bpd import bits_per_dim
+    from tests.pipelines.test_pipeline_tarflow import tiny_pipe
+
+    flow = tiny_pipe()
+    flow.save_pretrained(tmp_path / "flow")
+    pictures = np.random.default_rng(1).integers(0, 256, (6, 6, 6, 3), dtype=np.uint8)
+    np.savez(tmp_path / "pictures.npz", arr_0=pictures)
+    expected = bits_per_dim(flow.transformer, list(pictures)).mean
+    samples = ["--samples", str(tmp_path / "pictures.npz"), "--features", "random-conv", "--device", "cpu"]
+    assert main([*samples, "--bpd", str(tmp_path / "flow")]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["metrics"] == {"bpd": pytest.approx(expected, rel=1e-6)}
+    assert main([*samples, "--bpd", str(model)]) == 2
+    assert "needs a TarFlow checkpoint" in capsys.readouterr().err
+    assert main(samples) == 2
+    assert "nothing was asked for" in capsys.readouterr().err
