@@ -51,6 +51,24 @@ class OptionField:
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
 
+    def parse(self, text: str) -> Any:
+        """The value that `text` stands for: "none" is None, parts of a tuple are separated by `;`.
+
+        Raises:
+            ValueError: the text is no such value.
+        """
+        if self.optional and text.lower() == "none":
+            return None
+        if self.is_tuple:
+            return tuple(self._parse_one(part.strip()) for part in text.split(";") if part.strip())
+        return self._parse_one(text)
+
+    def _parse_one(self, text: str) -> Any:
+        try:
+            return _parse_bool(text) if self.kind is bool else self.kind(text)
+        except (ValueError, argparse.ArgumentTypeError):
+            raise ValueError(f"{self.name} must be {self.kind.__name__}, got {text!r}") from None
+
 
 def _field_type(annotation: Any) -> tuple[type, bool, bool]:
     """Splits `int`, `int | None` or `tuple[int, ...] | None` into (scalar type, is a tuple, may be None)."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from dit_suite.checkpoints import Checkpoint, find_checkpoint, open_pipeline
 from dit_suite.metadata import VERSION, versions
-from dit_suite.options import Options
+from dit_suite.options import Options, fields_of
 from dit_suite.registry import Technique, acceleration, technique
 
 
@@ -77,6 +77,33 @@ class SamplingJob:
             "dtype": self.dtype,
             "accelerations": {name: config.to_dict() for name, config in self.accelerations.items()},
         }
+
+
+def parse_settings(cls: type[Options], text: str) -> Options:
+    """Options from `key=value,key=value`; values of a tuple are separated by `;`.
+
+    Raises:
+        ValueError: an unknown key, or a value that does not fit.
+    """
+    specs = {spec.name: spec for spec in fields_of(cls)}
+    values: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        name = key.replace("-", "_")
+        if not equals or name not in specs:
+            raise ValueError(f"{item!r} is not a setting of {cls.__name__}; it takes {', '.join(specs)} as key=value")
+        values[name] = specs[name].parse(value)
+    return cls(**values)
+
+
+def parse_acceleration(text: str) -> tuple[str, Options]:
+    """`NAME` or `NAME:key=value,key=value` as (name, its checked options).
+
+    Raises:
+        ValueError: unknown plug-in, unknown key, or a value that does not fit.
+    """
+    name, _, settings = text.partition(":")
+    return name.strip(), parse_settings(acceleration(name.strip()).config_class(), settings)
 
 
 def batches(num_samples: int, batch_size: int) -> list[range]:

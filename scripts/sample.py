@@ -17,20 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dit_suite.checkpoints import find_checkpoint
 from dit_suite.metadata import read_record
-from dit_suite.registry import ACCELERATIONS, TECHNIQUES, acceleration, technique
+from dit_suite.registry import ACCELERATIONS, TECHNIQUES, technique
 from dit_suite.sample_files import SampleFolder
-from dit_suite.sampling import SamplingJob, job_of_record
-
-
-def parse_acceleration(text: str) -> tuple[str, Any]:
-    """`NAME` or `NAME:key=value,key=value` as (name, its checked options)."""
-    name, _, settings = text.partition(":")
-    config_class = acceleration(name).config_class()
-    parser = argparse.ArgumentParser(prog=f"--accelerate {name}", add_help=False)
-    config_class.add_arguments(parser)
-    flags = [f"--{key.strip().replace('_', '-')}={value}" for key, _, value in
-             (item.partition("=") for item in settings.split(",") if item)]  # fmt: skip
-    return name, config_class.from_namespace(parser.parse_args(flags))
+from dit_suite.sampling import SamplingJob, job_of_record, parse_acceleration
 
 
 def build_parser(pipeline: str | None) -> argparse.ArgumentParser:

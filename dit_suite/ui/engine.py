@@ -39,11 +39,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Finished:
-    """One sample was written."""
+    """One sample was written, after `evaluations` network passes."""
 
     index: int
     path: Path
     seconds: float
+    evaluations: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,39 @@ class Waiting:
     """Nothing new for a moment (a model is being opened, or a step is long); lets the caller close the iterator."""
 
 
-class StopFlag:
-    """A stop request that the sampling loop sees at its next step."""
+class CallCounter:
+    """Counts the forward passes of a network while it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: Any) -> None:
+        self.count = 0
+        self._network = network
+        self._hook: Any = None
+
+    def __enter__(self) -> "CallCounter":
+        if self._network is not None:
+            self._hook = self._network.register_forward_pre_hook(self._count)
+        return self
+
+    def _count(self, *_: Any) -> None:
+        self.count += 1
+
+    def __exit__(self, *_: Any) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+
+
+class StopFlag:
+    """A stop request that the sampling loop sees at its next step; a parent's request counts too."""
+
+    def __init__(self, parent: "StopFlag | None" = None) -> None:
         self._event = threading.Event()
+        self._parent = parent
 
     def set(self) -> None:
         self._event.set()
 
     def is_set(self) -> bool:
-        return self._event.is_set()
+        return self._event.is_set() or (self._parent is not None and self._parent.is_set())
 
 
 def check_limits(job: SamplingJob, count: int, limits: Limits) -> None:
@@ -126,7 +149,7 @@ class Engine:
         self.output = output
         self.limits = limits
         self.device = device
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._opened: tuple[Any, Any] | None = None
 
     def _pipeline(self, job: SamplingJob) -> Any:
@@ -167,7 +190,8 @@ class Engine:
         """
         check_limits(job, count, self.limits)
         events: queue.Queue[Any] = queue.Queue()
-        worker = threading.Thread(target=self._work, args=(job, count, stop, events), daemon=True)
+        closed = StopFlag(parent=stop)
+        worker = threading.Thread(target=self._work, args=(job, count, closed, events), daemon=True)
         worker.start()
         try:
             while (event := _next_event(events)) is not None:
@@ -175,20 +199,32 @@ class Engine:
                     raise event
                 yield event
         finally:
-            stop.set()
+            closed.set()
+
+    def warm_up(self, job: SamplingJob) -> None:
+        """Opens the job's model and runs one step of it, so that the next run is timed without the start."""
+
+        def stop_at_once(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pipe._interrupt = True
+            return {}
+
+        with self.lock:
+            sample_batch(self._pipeline(job), job, [0], on_step=stop_at_once)
 
     def _work(self, job: SamplingJob, count: int, stop: StopFlag, events: queue.Queue) -> None:
         """The worker thread: puts events, ends with None."""
         try:
-            with self._lock:
+            with self.lock:
                 pipe = self._pipeline(job)
                 for index in range(count):
-                    started = time.perf_counter()
-                    sample = self._sample(pipe, job, index, count, stop, events)
+                    with CallCounter(getattr(pipe, "transformer", None)) as calls:
+                        started = time.perf_counter()
+                        sample = self._sample(pipe, job, index, count, stop, events)
+                        seconds = time.perf_counter() - started
                     if stop.is_set():
                         events.put(Stopped(index))
                         return
-                    events.put(Finished(index, self._save(job, index, sample), time.perf_counter() - started))
+                    events.put(Finished(index, self._save(job, index, sample), seconds, calls.count))
         except (ValueError, FileNotFoundError, RuntimeError, OSError) as error:
             events.put(error)
         finally:

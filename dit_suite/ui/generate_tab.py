@@ -208,7 +208,7 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
                 button = gr.Button("Generate", variant="primary", elem_id=f"{media}-generate")
                 stop = gr.Button("Stop", variant="stop", elem_id=f"{media}-stop")
             upload = gr.File(
-                label="Load settings from a file made here", file_types=[".png", ".mp4"], type="filepath", height=90,
+                label="Load settings from a file made here", file_types=[".png", ".mp4"], type="filepath", height=130,
                 elem_id=f"{media}-upload",
             )  # fmt: skip
         with gr.Column(scale=3, min_width=320):

@@ -7,9 +7,11 @@ import gradio as gr
 
 import dit_suite
 from dit_suite.ui.catalog import offers
+from dit_suite.ui.compare_tab import build_compare_endpoint, build_compare_tab, comparable
 from dit_suite.ui.endpoints import build_endpoints
 from dit_suite.ui.engine import Engine
 from dit_suite.ui.generate_tab import build_generate_tab
+from dit_suite.ui.play_tab import PlayContext, build_play_tab
 from dit_suite.ui.settings import ServerSettings
 
 HISTORY = 60
@@ -32,6 +34,7 @@ def build_page(settings: ServerSettings) -> gr.Blocks:
     available = offers(settings.models)
     images = [offer for offer in available if offer.technique.task.endswith("to-image")]
     videos = [offer for offer in available if offer.technique.task == "text-to-video"]
+    games = tuple(offer.name for offer in available if offer.technique.task == "action-to-video")
     with gr.Blocks(title="dit_suite", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.Markdown(f"# dit_suite {dit_suite.__version__}\nEfficient diffusion transformers, one interface.")
         with gr.Tabs():
@@ -41,6 +44,12 @@ def build_page(settings: ServerSettings) -> gr.Blocks:
             if videos:
                 with gr.Tab("Video"):
                     build_generate_tab(engine, videos, "video", settings.limits)
+            if comparable(available):
+                with gr.Tab("Compare"):
+                    build_compare_tab(engine, comparable(available))
+            if games:
+                with gr.Tab("Play"):
+                    build_play_tab(PlayContext(games, settings.output, settings.device, lock=engine.lock))
             if not settings.public:
                 with gr.Tab("History") as tab:
                     gallery = gr.Gallery(
@@ -58,6 +67,8 @@ def build_page(settings: ServerSettings) -> gr.Blocks:
                     for trigger in (tab.select, refresh.click, page.load):
                         trigger(show, None, [gallery], api_visibility="private", queue=False)
         build_endpoints(engine, available)
+        if comparable(available):
+            build_compare_endpoint(engine, comparable(available))
     page.queue(max_size=settings.limits.max_queue, default_concurrency_limit=1)
     return page
 

@@ -1,0 +1,216 @@
+"""The Compare tab: one seed, a baseline and up to three variants; time, evaluations, PSNR, SSIM, a difference map."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from dit_suite.sampling import SamplingJob, parse_acceleration
+from dit_suite.ui.catalog import Offer
+from dit_suite.ui.engine import Engine, Finished, StopFlag, Stopped, make_job, resolve_seed
+from dit_suite.ui.generate_tab import DEVICE_QUEUE
+
+MAX_VARIANTS = 3
+GAIN = 4
+COLUMNS = ("variant", "seconds", "times faster", "network evaluations", "PSNR (dB)", "SSIM")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One column of the comparison."""
+
+    name: str
+    path: Path
+    seconds: float
+    evaluations: int
+
+
+def variant_job(baseline: SamplingJob, text: str) -> SamplingJob:
+    """The baseline's job changed as `text` says: `steps=N`, or a plug-in as in `sample.py --accelerate`.
+
+    Raises:
+        ValueError: neither form, or a value out of range.
+    """
+    if text.startswith("steps="):
+        try:
+            steps = int(text.removeprefix("steps="))
+        except ValueError:
+            raise ValueError(f"steps must be a whole number, got {text!r}") from None
+        return replace(baseline, options=replace(baseline.options, num_inference_steps=steps))
+    name, config = parse_acceleration(text)
+    if name not in baseline.row.accelerations:
+        raise ValueError(f"{name} does not fit {baseline.model}; it takes {', '.join(baseline.row.accelerations)}")
+    return replace(baseline, accelerations={name: config})
+
+
+def difference_map(first: np.ndarray, second: np.ndarray, gain: int = GAIN) -> Image.Image:
+    """|first - second| times `gain`, as a picture."""
+    difference = np.abs(first.astype(np.int16) - second.astype(np.int16)) * gain
+    return Image.fromarray(difference.clip(0, 255).astype(np.uint8))
+
+
+def compare(
+    engine: Engine, baseline: SamplingJob, variants: list[str], stop: StopFlag
+) -> Iterator[tuple[list[Result], list[list[Any]]]]:
+    """Makes the baseline's and every variant's sample; yields the results so far and the rows of the table.
+
+    Every pipeline evaluates its network once beforehand, so that nobody is charged for opening and warming up.
+
+    Raises:
+        ValueError: a variant can't be made (all are checked before the first is run).
+    """
+    jobs = [("baseline", baseline), *((text, variant_job(baseline, text)) for text in variants)]
+    results: list[Result] = []
+    for name, job in jobs:
+        engine.warm_up(job)
+        for event in engine.run(job, 1, stop):
+            if isinstance(event, Stopped):
+                return
+            if isinstance(event, Finished):
+                results.append(Result(name, event.path, event.seconds, event.evaluations))
+        yield results, table(results)
+
+
+def table(results: list[Result]) -> list[list[Any]]:
+    """Rows under `COLUMNS`; PSNR and SSIM are to the baseline."""
+    import torch
+
+    from dit_suite.evaluation.pairs import psnr, ssim
+
+    def tensor(path: Path) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).permute(2, 0, 1)[None]
+
+    rows = []
+    first = results[0]
+    for result in results:
+        quality: list[Any] = ["-", "-"]
+        if result is not first:
+            pair = tensor(result.path), tensor(first.path)
+            quality = [round(float(psnr(*pair)), 2), round(float(ssim(*pair)), 4)]
+        speed = round(first.seconds / result.seconds, 2)
+        rows.append([result.name, round(result.seconds, 2), speed, result.evaluations, *quality])
+    return rows
+
+
+def build_compare_tab(engine: Engine, offers: list[Offer]) -> None:
+    """Builds the tab inside the present Blocks context."""
+    by_name = {offer.name: offer for offer in offers}
+    stops: dict[str, StopFlag] = {}
+    first = offers[0]
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            model = gr.Dropdown(list(by_name), value=first.name, label="Model", elem_id="compare-model")
+            prompt = gr.Textbox("woman astronaut, 3d style", label="Prompt", elem_id="compare-prompt")
+            with gr.Row():
+                seed = gr.Number(0, label="Seed", precision=0, minimum=-1, elem_id="compare-seed")
+                steps = gr.Slider(2, engine.limits.max_steps, value=40, step=1, label="Steps of the baseline")
+            suggestions = [name for name in first.technique.accelerations] + ["steps=13"]
+            variants = [
+                gr.Dropdown(
+                    suggestions, value=suggestions[i] if i < len(suggestions) else None, allow_custom_value=True,
+                    label=f"Variant {i + 1}", info="a plug-in as NAME or NAME:key=value,..., or steps=N",
+                    elem_id=f"compare-variant-{i + 1}",
+                )
+                for i in range(MAX_VARIANTS)
+            ]  # fmt: skip
+            with gr.Row():
+                button = gr.Button("Compare", variant="primary", elem_id="compare-run")
+                stop = gr.Button("Stop", variant="stop")
+        with gr.Column(scale=3, min_width=320):
+            status = gr.Markdown("Ready.", elem_id="compare-status")
+            rows = gr.Dataframe(headers=list(COLUMNS), label="Measured", interactive=False, elem_id="compare-table")
+            plot = gr.BarPlot(x="variant", y="seconds", title="Seconds per sample", height=180)
+            shown = gr.Dropdown([], label="Show beside the baseline", elem_id="compare-shown")
+            slider = gr.ImageSlider(label="Baseline | variant", format="png", height=320, elem_id="compare-slider")
+            difference = gr.Image(label=f"Difference times {GAIN}", format="png", height=200, interactive=False)
+    state = gr.State([])
+
+    def baseline_job(model: str, prompt: str, seed: Any, steps: Any) -> SamplingJob:
+        if model not in by_name:
+            raise ValueError(f"model must be one of {', '.join(by_name)}, got {model!r}")
+        options = by_name[model].technique.options_class()(num_inference_steps=int(steps))
+        return make_job(model, prompt, options, resolve_seed(seed))
+
+    def run(request: gr.Request, model: str, prompt: str, seed: Any, steps: Any, *texts: Any) -> Iterator[tuple]:
+        import pandas
+
+        flag = stops[request.session_hash] = StopFlag()
+        chosen = [text.strip() for text in texts if text and text.strip()]
+        try:
+            job = baseline_job(model, prompt, seed, steps)
+            yield "Running the baseline ...", gr.skip(), gr.skip(), gr.skip(), []
+            for results, measured in compare(engine, job, chosen, flag):
+                frame = pandas.DataFrame(
+                    {"variant": [r.name for r in results], "seconds": [r.seconds for r in results]}
+                )
+                names = [r.name for r in results[1:]]
+                text = f"{len(results)} of {len(chosen) + 1} done, seed {job.seed}"
+                picker = gr.update(choices=names, value=names[0] if names else None)
+                yield text, measured, frame, picker, [(r.name, str(r.path)) for r in results]
+        except (ValueError, FileNotFoundError, RuntimeError) as error:
+            yield f"Not done: {error}", gr.skip(), gr.skip(), gr.skip(), gr.skip()
+            raise gr.Error(str(error), print_exception=False) from error
+        finally:
+            flag.set()
+            stops.pop(request.session_hash, None)
+
+    def show(name: str | None, results: list[tuple[str, str]]) -> tuple[Any, Any]:
+        paths = dict(results)
+        if name not in paths:
+            return None, None
+        pair = [np.asarray(Image.open(paths[key]).convert("RGB")) for key in ("baseline", name)]
+        return (paths["baseline"], paths[name]), difference_map(*pair)
+
+    def halt(request: gr.Request) -> str:
+        if request.session_hash in stops:
+            stops[request.session_hash].set()
+            return "Stopping at the next step ..."
+        return "Nothing is running."
+
+    done = button.click(
+        run, [model, prompt, seed, steps, *variants], [status, rows, plot, shown, state], api_visibility="private",
+        **DEVICE_QUEUE,
+    )  # fmt: skip
+    for trigger in (done.then, shown.change):
+        trigger(show, [shown, state], [slider, difference], api_visibility="private", queue=False)
+    stop.click(halt, None, [status], api_visibility="private", queue=False)
+
+
+def build_compare_endpoint(engine: Engine, offers: list[Offer]) -> None:
+    """Adds `/compare`: the same measurement for programs."""
+    by_name = {offer.name: offer for offer in offers}
+
+    def run(
+        prompt: str, model: str, seed: float, options: Any, variants: Any
+    ) -> Iterator[tuple[list[str], list[dict]]]:
+        try:
+            if model not in by_name:
+                raise ValueError(f"model must be one of {', '.join(by_name)}, got {model!r}")
+            if not isinstance(variants, list) or len(variants) > MAX_VARIANTS:
+                raise ValueError(f"variants must be a list of at most {MAX_VARIANTS} texts, got {variants!r}")
+            options_class = by_name[model].technique.options_class()
+            job = make_job(model, prompt, options_class.from_dict(options or {}), resolve_seed(seed))
+            for results, rows in compare(engine, job, [str(text) for text in variants], StopFlag()):
+                yield [str(r.path) for r in results], [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        except (ValueError, FileNotFoundError, RuntimeError) as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    with gr.Row(visible=False):
+        inputs = [
+            gr.Textbox(label="prompt"),
+            gr.Textbox(value=next(iter(by_name)), label="model"),
+            gr.Number(value=-1, precision=0, label="seed"),
+            gr.JSON(value={}, label="options"),
+            gr.JSON(value=[], label="variants"),
+        ]
+        outputs = [gr.File(file_count="multiple", label="files"), gr.JSON(label="rows")]
+        gr.Button("run").click(run, inputs, outputs, api_name="compare", **DEVICE_QUEUE)
+
+
+def comparable(offers: list[Offer]) -> list[Offer]:
+    """Models that make pictures from text and take a plug-in."""
+    return [row for row in offers if row.technique.task == "text-to-image" and row.technique.accelerations]

@@ -1,0 +1,64 @@
+"""The Compare tab's measurement: equal work gives equal pictures, fewer steps cost less, bad variants cost nothing."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dit_suite.call_options import TextToImageOptions
+from dit_suite.metadata import read_record
+from dit_suite.ui.compare_tab import compare, difference_map, variant_job
+from dit_suite.ui.engine import Engine, StopFlag, make_job
+from dit_suite.ui.settings import Limits
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return Engine(tmp_path_factory.mktemp("output"), Limits())
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    model = save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+    return make_job(str(model), "red apple", TextToImageOptions(num_inference_steps=6), seed=3)
+
+
+def final(engine, job, variants):
+    *_, (results, rows) = compare(engine, job, variants, StopFlag())
+    return results, rows
+
+
+def test_variants_beside_the_baseline(engine, job):
+    results, rows = final(engine, job, ["steps=6", "steps=3"])
+    assert [row[0] for row in rows] == ["baseline", "steps=6", "steps=3"]
+    assert [row[3] for row in rows] == [6, 6, 3]
+    same, fewer = rows[1], rows[2]
+    assert same[4] == 100.0 and same[5] == 1.0
+    assert fewer[4] < 60 and fewer[5] < 1.0
+    records = [read_record(result.path) for result in results]
+    assert {record["seed"] for record in records} == {3}
+    pictures = [np.asarray(Image.open(result.path)) for result in results]
+    assert np.asarray(difference_map(pictures[0], pictures[1])).max() == 0
+    assert np.asarray(difference_map(pictures[0], pictures[2])).max() > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps=many", "steps must be a whole number"),
+        ("steps=0", "num_inference_steps must be between 1 and 1000, got 0"),
+        ("warp", "there is no acceleration 'warp'"),
+        ("adaspa", "adaspa does not fit"),
+        ("bac:speed=9", "'speed=9' is not a setting of BACConfig"),
+        ("bac:flop_fraction=much", "flop_fraction must be float, got 'much'"),
+    ],
+)
+def test_bad_variants_are_refused_before_anything_runs(engine, job, text, message):
+    with pytest.raises(ValueError, match=message):
+        next(compare(engine, job, [text], StopFlag()))
+
+
+def test_a_plug_in_is_part_of_the_variants_job(job):
+    changed = variant_job(job, "bac:flop_fraction=0.5,metric=cosine")
+    assert changed.to_dict()["accelerations"]["bac"]["flop_fraction"] == 0.5
+    assert changed.seed == job.seed and job.accelerations == {}
