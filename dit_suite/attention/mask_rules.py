@@ -44,7 +44,7 @@ def sliding_tile_score(centres: Positions) -> torch.Tensor:
 def antidiagonal_score(
     query: torch.Tensor, key: torch.Tensor, block_size: int, scale: float, stride: int = 8
 ) -> torch.Tensor:
-    """Approximate block masses `(batch, heads, q_blocks, k_blocks)` from one antidiagonal of every stride x stride cell.
+    """Approximate block masses `(batch, heads, q_blocks, k_blocks)` from one antidiagonal per stride x stride cell.
 
     Token i of a query cell meets token stride - 1 - i of a key cell; the cell scores are softmaxed over all keys and
     summed per block. Costs 1 / stride of the exact scores. Tail tokens that fill no cell are left out.

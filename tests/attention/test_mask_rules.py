@@ -1,0 +1,112 @@
+"""The rivals: their scores mean what they say, and they run at the density they are given."""
+
+import argparse
+
+import pytest
+import torch
+
+from dit_suite.attention.adaspa import AdaSpaConfig
+from dit_suite.attention.block_mass import block_mass
+from dit_suite.attention.mask_rules import (
+    RuleMethod,
+    antidiagonal_score,
+    block_centres,
+    radial_score,
+    sliding_tile_score,
+)
+from dit_suite.attention.merge import attention_with_lse
+from dit_suite.attention.partition import partition
+from dit_suite.attention.plugin import SparseAttentionHandle
+from dit_suite.benchmarks import discover
+from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from tests.attention.tiny_models import build, forward, wan_inputs
+
+
+def test_block_centres_of_tiles():
+    order = partition((4, 4, 4), (4, 2, 2)).order
+    t, y, x = block_centres((4, 4, 4), order, 16)
+    assert t.tolist() == [1.5] * 4
+    assert list(zip(y.tolist(), x.tolist(), strict=True)) == [(0.5, 0.5), (0.5, 2.5), (2.5, 0.5), (2.5, 2.5)]
+
+
+def test_static_scores_prefer_what_is_near():
+    centres = block_centres((8, 4, 4), None, 4)  # a block is one row of one frame
+    for score in (radial_score(centres), sliding_tile_score(centres)):
+        assert torch.equal(score, score.T)
+        assert (score.diagonal()[:, None] >= score).all()
+        same_frame, next_frame, far_frame = score[0, 3], score[0, 4 + 3], score[0, 28 + 3]
+        assert same_frame > next_frame > far_frame
+
+
+def test_antidiagonal_score_is_exact_for_stride_one_and_close_beyond():
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.randn(1, 2, 16, 8, generator=generator).repeat_interleave(8, 2)
+    query, key = (smooth + 0.1 * torch.randn(1, 2, 128, 8, generator=generator) for _ in range(2))
+    lse = attention_with_lse(query, key, key)[1]
+    exact = block_mass(query, key, lse, 16)
+    one = antidiagonal_score(query, key, 16, 8**-0.5, stride=1)
+    assert (one - exact).abs().max() < 1e-4
+    strided = antidiagonal_score(query, key, 16, 8**-0.5, stride=8) * 8
+    assert torch.corrcoef(torch.stack([strided.flatten(), exact.flatten()]))[0, 1] > 0.9
+    assert antidiagonal_score(query[:, :, :100], key[:, :, :100], 16, 1.0).shape == (1, 2, 7, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "every_step"), [("radial", False), ("sliding-tile", False), ("antidiagonal", True), ("oracle", True)]
+)
+def test_rivals_run_at_the_given_density(name, every_step):
+    model, given = build("wan"), wan_inputs()
+    dense = forward(model, given)
+    config = AdaSpaConfig(sparsity=0.5, block_size=16, search_steps=(0.0, 5), min_tokens=0, head_adaptive=False)
+    run = Run()
+    with SparseAttentionHandle(model, RuleMethod(name, config, every_step=every_step)) as handle:
+        outs = []
+        for step in range(4):
+            with publish_step(StepContext(step, 10, 1.0, "cond", run=run)):
+                outs.append(forward(model, given))
+        stats = handle.stats()
+    assert stats["method"] == name
+    assert stats["density"] == pytest.approx(0.5)
+    assert stats["cached_searches"] == (9 if every_step else 0)
+    assert stats["sparse_calls"] == 9
+    assert (outs[0] - dense).abs().max() < 1e-5
+    assert (outs[1] - dense).abs().max() > 1e-5
+    assert forward(model, given).equal(dense)
+
+
+def test_oracle_keeps_more_weight_than_the_static_rules():
+    model, given = build("wan"), wan_inputs()
+    config = AdaSpaConfig(sparsity=0.5, block_size=16, search_steps=(0.0,), min_tokens=0, head_adaptive=False)
+    errors = {}
+    dense = forward(model, given)
+    for name, every_step in (("radial", False), ("oracle", True)):
+        run = Run()
+        with SparseAttentionHandle(model, RuleMethod(name, config, every_step=every_step)):
+            for step in range(2):
+                with publish_step(StepContext(step, 10, 1.0, "cond", run=run)):
+                    out = forward(model, given)
+        errors[name] = float((out - dense).abs().mean())
+    assert errors["oracle"] < errors["radial"]
+
+
+def test_the_kernel_benchmark_reports_errors_and_gains():
+    module = discover()["sparse-attention"]
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    args = parser.parse_args(["--part", "kernels", "--lengths", "512", "--densities", "0.25", "--repeats", "1"])
+    rows = module.run(args)["rows"]
+    assert [row["method"] for row in rows] == ["dense", "search", "grouped"]
+    assert rows[0]["step_speedup"] == 1.0
+    assert rows[2]["max_error"] < 1e-5
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def test_the_benchmark_refuses_unknown_methods_and_missing_gpus():
+    module = discover()["sparse-attention"]
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    with pytest.raises(ValueError, match="there is no method 'magic'"):
+        module.run(parser.parse_args(["--part", "bundle", "--methods", "magic"]))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA device"):
+            module.run(parser.parse_args(["--part", "gpu"]))
