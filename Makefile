@@ -32,7 +32,7 @@ app: setup
 	$(BIN)/python app.py
 
 test: setup
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 bench: setup
 	$(BIN)/python scripts/benchmark.py --all --output outputs/benchmarks
