@@ -60,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     out = parser.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="FILE.jsonl", help="also append the JSON line to this file")
     out.add_argument("--save-statistics", type=Path, metavar="FILE.npz", help="write the statistics of the samples")
-    out.add_argument("--compact", action="store_true", help="statistics in float32, features in float16")
+    out.add_argument("--compact", action="store_true", help="small statistics: features in float16, else float32")
+    out.add_argument("--without-features", action="store_true", help="save mean and covariance only")
     return parser
 
 
@@ -189,7 +190,8 @@ def run(args: argparse.Namespace, job: Any) -> None:
     if args.bpd is not None:
         add_bits_per_dim(report, args.bpd, flow, inputs.samples)
     if args.save_statistics is not None:
-        save_feature_set(args.save_statistics, evaluation.feature_set, compact=args.compact)
+        found, keep = evaluation.feature_set, not args.without_features
+        save_feature_set(args.save_statistics, found, compact=args.compact, keep_features=keep)
         print(f"statistics of {evaluation.feature_set.count} samples: {args.save_statistics}", file=sys.stderr)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -66,22 +66,19 @@ def frechet_replicates(features: torch.Tensor, reference: FeatureStatistics, cou
 
 def kid_replicates(features: torch.Tensor, reference: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """The unbiased KID to the reference features of every resampled set: `(replicates,)`."""
-    x, y = features.double().cpu(), reference.double().cpu()
+    x, y = features.double(), reference.to(features.device).double()
+    weights = counts.to(x.device)
     n, m = len(x), len(y)
-    within = torch.zeros(len(counts), dtype=torch.float64)
-    across = torch.zeros(len(counts), dtype=torch.float64)
-    within_reference = 0.0
-    for rows in torch.arange(n).split(ROWS_AT_ONCE):
-        block = polynomial_kernel(x[rows], x)
-        block[torch.arange(len(rows)), rows] = 0
-        within += torch.einsum("br,rc,bc->b", counts[:, rows], block, counts)
-        across += counts[:, rows] @ polynomial_kernel(x[rows], y).sum(1)
-    for rows in torch.arange(m).split(ROWS_AT_ONCE):
-        block = polynomial_kernel(y[rows], y)
-        block[torch.arange(len(rows)), rows] = 0
-        within_reference += float(block.sum())
-    distinct_pairs = n**2 - counts.square().sum(1)
-    return within / distinct_pairs + within_reference / (m * (m - 1)) - 2 * across / (n * m)
+    within = across = torch.zeros(len(counts), dtype=torch.float64, device=x.device)
+    for rows in torch.arange(n, device=x.device).split(ROWS_AT_ONCE):
+        others = polynomial_kernel(x[rows], x)
+        others[torch.arange(len(rows), device=x.device), rows] = 0
+        within = within + ((weights[:, rows] @ others) * weights).sum(1)
+        across = across + weights[:, rows] @ polynomial_kernel(x[rows], y).sum(1)
+    within_reference = sum(float(polynomial_kernel(part, y).sum()) for part in y.split(ROWS_AT_ONCE))
+    within_reference -= float((y.square().sum(1) / y.shape[1] + 1).pow(3).sum())
+    distinct_pairs = n**2 - weights.square().sum(1)
+    return (within / distinct_pairs + within_reference / (m * (m - 1)) - 2 * across / (n * m)).cpu()
 
 
 @dataclass(frozen=True)

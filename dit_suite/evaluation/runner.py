@@ -95,9 +95,11 @@ class Evaluation:
         ):
             if isinstance(side, FeatureSet):
                 self._check_feature_set(side, label)
-        for side in (inputs.train, inputs.floor):
+        for side, label in ((inputs.train, "train"), (inputs.floor, "floor")):
             if isinstance(side, FeatureSet):
                 check_comparable(side, self._probe())
+                if side.features is None:
+                    raise ValueError(f"the {label} statistics file holds no single features")
 
     def _probe(self) -> FeatureSet:
         return FeatureSet(self.extractor.tag, FeatureStatistics(self.extractor.tag.dimension))
@@ -214,6 +216,10 @@ class Evaluation:
                 f"samples are {shapes[0]} and the reference is {shapes[1]}: resized from different sizes"
             )
 
+    def _placed(self, features: torch.Tensor) -> torch.Tensor:
+        """Kernel sums over all pairs run where the network ran, if that device has float64."""
+        return features.to(self.extractor.device) if self.extractor.device.type == "cuda" else features
+
     def _distance(self, kind: str) -> Callable[[torch.Tensor, torch.Tensor], float]:
         if kind == "kid":
             return distances.kid
@@ -222,14 +228,14 @@ class Evaluation:
     def _value(self, kind: str, samples: FeatureSet, reference: FeatureSet) -> float:
         if kind == "fd":
             return samples.statistics.frechet_distance(reference.statistics)
-        return distances.kid(samples.features, reference.features)
+        return distances.kid(self._placed(samples.features), self._placed(reference.features))
 
     def _replicates(self, kind: str, samples: FeatureSet, reference: FeatureSet) -> torch.Tensor:
         options = self.options
         counts = resampling.bootstrap_counts(samples.count, options.bootstrap, options.statistics_seed)
         if kind == "fd":
             return resampling.frechet_replicates(samples.features, reference.statistics, counts)
-        return resampling.kid_replicates(samples.features, reference.features, counts)
+        return resampling.kid_replicates(self._placed(samples.features), reference.features, counts)
 
     def _set_metrics(self, report: Report, samples: FeatureSet, reference: FeatureSet | None) -> None:
         options, found = self.options, {}

@@ -12,7 +12,7 @@ from dit_suite.evaluation.extraction import extract
 from dit_suite.evaluation.extractors import RandomConv
 from dit_suite.evaluation.metric_names import parse_metrics
 from dit_suite.evaluation.options import EvaluationOptions
-from dit_suite.evaluation.pairs import PerceptualDistance, psnr, ssim, summary
+from dit_suite.evaluation.pairs import Lpips, PerceptualDistance, psnr, ssim, summary
 from dit_suite.evaluation.runner import Evaluation, Inputs
 from dit_suite.evaluation.sources import NpzSource
 from dit_suite.evaluation.statistics import FeatureSet, FeatureStatistics, load_feature_set, save_feature_set
@@ -134,6 +134,8 @@ def test_impossible_requests_are_refused_before_any_work(tmp_path, source, make_
         ("sfd", {"reference": statistics}, "holds none"),
         ("fd", {"reference": other}, "cannot be compared.*weights_sha256"),
         ("fd", {"reference": statistics, "train": other}, "cannot be compared"),
+        ("fd", {"reference": statistics, "train": statistics}, "train statistics file holds no single features"),
+        ("fd", {"reference": statistics, "floor": statistics}, "floor statistics file holds no single features"),
     ):
         with pytest.raises(ValueError, match=words):
             evaluate(metrics, samples=samples, **sides)
@@ -177,6 +179,39 @@ def test_perceptual_distance_grows_with_damage(make_squares):
     with torch.inference_mode():
         assert metric(clean, clean).abs().max() < 1e-6
         assert bool((metric(clean, slight) < metric(clean, heavy)).all())
+
+
+@pytest.fixture
+def untrained_alexnet(monkeypatch):
+    """torchvision's AlexNet with random weights in place of the downloaded ones; the heads of LPIPS are real."""
+    import torchvision
+
+    torch.manual_seed(0)
+    state = torchvision.models.alexnet(weights=None).state_dict()
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *args, **kwargs: state)
+
+
+def test_lpips_is_that_of_torchmetrics(untrained_alexnet, source, make_squares):
+    from torchmetrics.functional.image.lpips import learned_perceptual_image_patch_similarity
+
+    clean, noisy = make_squares(3, 0, size=64), make_squares(3, 0, noise=30, size=64)
+    report = evaluate("lpips", samples=source(noisy), baseline=source(clean))
+    one, other = (torch.from_numpy(side).permute(0, 3, 1, 2) / 255 for side in (noisy, clean))
+    expected = float(learned_perceptual_image_patch_similarity(one, other, "alex", normalize=True))
+    assert report.pairs["lpips"]["mean"] == pytest.approx(expected, rel=1e-4) and expected > 0
+    same = evaluate("lpips", samples=source(clean), baseline=source(clean))
+    assert same.pairs["lpips"]["mean"] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_lpips_without_its_backbone_says_what_to_do(monkeypatch):
+    import torchvision
+
+    def refuse(*args, **kwargs):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", refuse)
+    with pytest.raises(FileNotFoundError, match="alexnet-owt-7be5be79.pth"):
+        Lpips()
 
 
 def test_options_refuse_nonsense():
