@@ -40,7 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--psnr", type=float, default=38.0, help="dB to the sequential picture, worst sample")
     parser.add_argument("--max-seconds", type=float, help="plan for this time per batch instead of a PSNR")
     parser.add_argument("--batch-size", type=int, default=8, help="batch that times are measured for")
-    parser.add_argument("--samples", type=int, default=96, help="calibration samples; a third is held out")
+    parser.add_argument("--samples", type=int, default=72, help="calibration samples; a third is held out")
     parser.add_argument("--kernel", type=int, default=3, help="side of the linear guess in tokens; 0: none")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="guidance that the plan is for")
     parser.add_argument("--seed", type=int, default=1_000_000, help="first seed of the calibration samples")

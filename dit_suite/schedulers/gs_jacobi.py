@@ -267,6 +267,17 @@ def solve_sequential(system: FlowSystem, trace: BlockTrace, watch: _Watch) -> to
     return found
 
 
+def first_iterate(system: FlowSystem, guess: str) -> torch.Tensor:
+    """Where sweeps start, in the block's order; token 0 is always the latent's."""
+    tokens = system.latents.clone()
+    if guess == "zero":
+        tokens[:, 1:] = 0.0
+    elif guess == "linear":
+        guessed = system.block.initial_guess(system.block.order(system.latents))
+        tokens[:, 1:] = system.block.order(guessed)[:, 1:]
+    return tokens
+
+
 class _Sweeper:
     """Jacobi updates of one block. `found` holds the iterate in the block's order."""
 
@@ -277,12 +288,7 @@ class _Sweeper:
         self.clamp = clamp
         self.trace = trace
         self.watch = watch
-        self.found = system.latents.clone()
-        if strategy.guess == "zero":
-            self.found[:, 1:] = 0.0
-        elif strategy.guess == "linear":
-            guess = system.block.initial_guess(system.block.order(system.latents))
-            self.found[:, 1:] = system.block.order(guess)[:, 1:]
+        self.found = first_iterate(system, strategy.guess)
         # Nothing is read back from a cache when one module spans the sequence.
         self.caches = None if strategy.modules == 1 else system.new_caches()
         self.whole = strategy.modules == 1

@@ -1,0 +1,92 @@
+"""The planner: fitted guesses, the choice among measured candidates, and the command end to end."""
+
+import pytest
+import torch
+
+from dit_suite import load_pipeline, sample_generators
+from dit_suite.pipelines.pipeline_tarflow import TarFlowPipeline
+from dit_suite.schedulers.gs_jacobi import BlockStrategy, FlowGuidance, GSJacobiScheduler
+from dit_suite.schedulers.tarflow_planner import Candidate, Planner, calibrate, choose, fit_guesses, psnr
+from scripts.plan_tarflow import main
+from tests.models.test_tarflow import tiny_model
+
+
+def calibration(model, count: int = 24):
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(count, model.num_tokens, model.token_dim, generator=generator)
+    return calibrate(model, noise, torch.arange(count) % model.config.num_classes, FlowGuidance())
+
+
+def candidate(seconds: float, *errors: float, sweeps: int = 1) -> Candidate:
+    return Candidate(BlockStrategy(1, sweeps), torch.tensor(errors), seconds)
+
+
+def test_fitted_guess_is_closer_than_the_latent_on_new_samples():
+    model = tiny_model()
+    data = calibration(model)
+    fitted = fit_guesses(model, data.rows(slice(8, None)), kernel=1, ridge=1.0)
+    assert fitted.config.guess_kernel == 1 and model.config.guess_kernel == 0
+    held_out = data.rows(slice(0, 8))
+    for index, block in enumerate(reversed(fitted.blocks)):
+        latents, exact = held_out.states[index], held_out.states[index + 1]
+        assert (block.initial_guess(latents) - exact).square().mean() < (latents - exact).square().mean()
+    image = model.unpatchify(data.states[-1][:2])
+    assert torch.equal(fitted(image).latents, model(image).latents)
+    with pytest.raises(ValueError, match="another guess_kernel"):
+        fit_guesses(fitted, data, kernel=0)
+
+
+def test_choose_takes_the_fastest_combination_within_the_tolerance():
+    table = [
+        [candidate(10.0, 0.0, 0.0), candidate(2.0, 0.3, 0.4)],
+        [candidate(10.0, 0.0, 0.0), candidate(1.0, 0.4, 0.1), candidate(3.0, 0.1, 0.1)],
+    ]
+    assert [c.seconds for c in choose(table, [1.0, 1.0], 1.0)] == [2.0, 1.0]
+    assert [c.seconds for c in choose(table, [1.0, 1.0], 0.45)] == [2.0, 3.0]
+    assert [c.seconds for c in choose(table, [0.1, 1.0], 0.15)] == [2.0, 3.0]
+    assert [c.seconds for c in choose(table, [1.0, 1.0], 1e-6)] == [10.0, 10.0]
+    assert [c.seconds for c in choose(table, [1.0, 1.0], 0.0, max_seconds=12.0)] == [10.0, 1.0]
+    with pytest.raises(ValueError, match="no combination"):
+        choose(table, [1.0, 1.0], 1.0, max_seconds=2.0)
+
+
+def test_psnr_of_known_errors():
+    exact = torch.zeros(2, 4)
+    found = torch.tensor([[0.02] * 4, [9.0] * 4])
+    torch.testing.assert_close(psnr(found, exact), torch.tensor([40.0, 6.0206]), atol=1e-3, rtol=0)
+
+
+def test_plan_meets_its_target_and_beats_the_sequential_sampler():
+    model = tiny_model(spread=0.1)
+    data = calibration(model)
+    model = fit_guesses(model, data.rows(slice(8, None)))
+    said = []
+    planner = Planner(model, data.rows(slice(0, 8)), FlowGuidance(), batch_size=4, repeats=1, say=said.append)
+    plan = planner.plan(target_psnr=40.0)
+    assert float(plan.psnr.min()) >= 40.0 and plan.seconds <= plan.sequential_seconds
+    assert len(plan.strategies) == 3 and plan.fixed and said
+    assert all(row["psnr_min"] < 40.0 for row in plan.fixed[:-1])
+    assert plan.gains[-1] == pytest.approx(1.0, abs=1e-3)
+    scheduler = plan.scheduler({"batch_size": 4})
+    assert scheduler.strategies == plan.strategies and scheduler.config.planned["batch_size"] == 4
+    torch.testing.assert_close(planner.check((BlockStrategy(),) * 3), torch.full((8,), 120.0), atol=30.0, rtol=0)
+
+
+def test_command_writes_a_checkpoint_that_samples_by_its_plan(tmp_path, capsys):
+    source, output = tmp_path / "source", tmp_path / "planned"
+    pipe = TarFlowPipeline(tiny_model(spread=0.1, in_channels=3).half(), GSJacobiScheduler(), id2label={0: "a/b"})
+    pipe.save_pretrained(source)
+    (source / "README.md").write_text("card")
+    arguments = [str(source), str(output), "--samples", "12", "--batch-size", "2", "--psnr", "35", "--device", "cpu"]
+    assert main(arguments) == 0
+    assert "PSNR worst" in capsys.readouterr().out
+    planned = load_pipeline(output)
+    assert (output / "README.md").read_text() == "card"
+    assert planned.transformer.config.guess_kernel == 3 and len(planned.scheduler.strategies) == 3
+    planned.set_progress_bar_config(disable=True)
+    given = {"generator": sample_generators(3, [0]), "output_type": "pt", "denoise_strength": 0.0}
+    fast = planned([1], **given).images
+    exact = planned([1], strategy="sequential", **{**given, "generator": sample_generators(3, [0])}).images
+    assert float(psnr(fast * 2 - 1, exact * 2 - 1)) > 30
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
