@@ -122,7 +122,7 @@ def random_weights(layout: Layout) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(SEED)
     weights = {}
     for name, shape in layout.items():
-        if name.endswith("pos_embed") and shape[0] == 1:
+        if _is_table(name, shape):
             side = math.isqrt(shape[1])
             weights[name] = sincos_2d(side, side, shape[2])[None]
         elif "norm" in name and name.endswith("weight") or name == "var":
@@ -132,6 +132,18 @@ def random_weights(layout: Layout) -> dict[str, torch.Tensor]:
         else:
             weights[name] = torch.empty(shape).normal_(std=0.02, generator=generator)
     return weights
+
+
+def count_learned(layout: Layout) -> tuple[int, int]:
+    """Numbers that training changes, and those with the fixed position tables."""
+    fixed = ("attn_mask", "var")
+    learned = sum(math.prod(s) for n, s in layout.items() if not (n.endswith(fixed) or _is_table(n, s)))
+    return learned, learned + sum(math.prod(s) for n, s in layout.items() if _is_table(n, s))
+
+
+def _is_table(name: str, shape: Shape) -> bool:
+    """TarFlow's learned positions have no leading 1; the others' fixed sin-cos tables do."""
+    return name.endswith("pos_embed") and shape[0] == 1
 
 
 def save_parts(folder: Path) -> None:
@@ -215,7 +227,7 @@ class FullSize:
 
     Attributes:
         title: what is printed.
-        parameters: the published count, positions tables and other fixed tensors left out.
+        millions: the published parameter count, with or without fixed position tables.
         layout: official tensor names and shapes.
         converter: name for `convert.py --from`.
         flags: its flags; `{parts}` stands for the folder of tiny components.
@@ -223,7 +235,7 @@ class FullSize:
     """
 
     title: str
-    parameters: int
+    millions: float
     layout: Callable[[], Layout]
     converter: str
     flags: tuple[str, ...]
@@ -232,21 +244,21 @@ class FullSize:
 
 NETWORKS: dict[str, FullSize] = {
     "dit": FullSize(
-        "DiT-XL/2, 256 px", 674_834_720, dit_layout, "dit", ("--vae", "{parts}/vae", "--labels", "{parts}/labels.json"),
+        "DiT-XL/2, 256 px", 674.8, dit_layout, "dit", ("--vae", "{parts}/vae", "--labels", "{parts}/labels.json"),
         lambda folder, parts: sample_classes(folder, parts, class_labels=["class 207"], num_inference_steps=1),
     ),
     "pt_dit": FullSize(
-        "PT-DiT-XL", 0, pt_dit_layout, "pt_dit", (), sample_pt_dit,
+        "PT-DiT-XL (Qihoo-T2X)", 1131.6, pt_dit_layout, "pt_dit", (), sample_pt_dit,
     ),
-    "lego": FullSize("LEGO S_U_64", 0, lego_layout, "lego", ("--heads", "6"), sample_lego),
+    "lego": FullSize("LEGO S_U_64", 62.0, lego_layout, "lego", ("--heads", "6"), sample_lego),
     "tarflow": FullSize(
-        "TarFlow 1024x8, ImageNet 64 patch 4", 0, tarflow_layout, "tarflow", (),
+        "TarFlow 1024x8, ImageNet 64 patch 4", 817.6, tarflow_layout, "tarflow", (),
         lambda folder, parts: sample_classes(
             folder, parts, class_labels=[207], strategy="jacobi", sweeps=1, denoise_strength=0.0
         ),
     ),
     "acdit": FullSize(
-        "ACDiT-XL, 256 px", 674_856_708, acdit_layout, "acdit",
+        "ACDiT-XL, 256 px", 674.9, acdit_layout, "acdit",
         ("--patch-size", "1", "--block-size", "256", "--vae", "{parts}/vae"),
         lambda folder, parts: sample_classes(folder, parts, class_labels=[207], num_inference_steps=1),
     ),
@@ -266,8 +278,11 @@ def stage_sample(network: FullSize, workdir: Path) -> None:
     count = sum(parameter.numel() for parameter in model.parameters())
     if any(parameter.is_meta for parameter in model.parameters()):
         raise RuntimeError("parameters without values after loading")
-    if network.parameters and count != network.parameters:
-        raise RuntimeError(f"{count} parameters, the published size has {network.parameters}")
+    learned, stored = count_learned(network.layout())
+    if count != learned:
+        raise RuntimeError(f"the network has {count} parameters, the official layout {learned}")
+    if min(abs(total / 1e6 - network.millions) for total in (learned, stored)) > 0.06:
+        raise RuntimeError(f"{learned} parameters ({stored} with tables), published are {network.millions} M")
     if not (pictures == pictures).all() or pictures.std() == 0:
         raise RuntimeError("the pictures are constant or not numbers")
     print(f"  {count:,} parameters, pictures {pictures.shape}, mean {pictures.mean():.3f}")
