@@ -58,6 +58,18 @@ def departition(blocks: torch.Tensor, grid: tuple[int, int, int], square: bool) 
     return x.transpose(2, 3).flatten(1, 4)
 
 
+def latents_to_blocks(latents: torch.Tensor, patch_size: int, block_size: int, square: bool) -> torch.Tensor:
+    """Latents `(batch, channels, frames, height, width)` to block tokens `(batch, T, B, p*p*channels)`.
+
+    Inside a token the order is (row in patch, column in patch, channel).
+    """
+    batch, channels, frames, height, width = latents.shape
+    p = patch_size
+    grid = (frames, height // p, width // p)
+    x = latents.reshape(batch, channels, frames, grid[1], p, grid[2], p).permute(0, 2, 3, 5, 4, 6, 1)
+    return partition(x.reshape(batch, math.prod(grid), p * p * channels), grid, block_size, square)
+
+
 class ACDiTBlock(nn.Module):
     """One layer. The noisy stream is modulated and gated by its block's condition; the clean stream is not."""
 
@@ -257,10 +269,7 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return self.config.num_classes if self.config.class_dropout_prob > 0 else None
 
     def to_blocks(self, latents: torch.Tensor, block_size: int | None = None) -> torch.Tensor:
-        """Latents `(batch, channels, frames, height, width)` to block tokens `(batch, T, B, p*p*channels)`.
-
-        Inside a token the order is (row in patch, column in patch, channel). Other sizes than the model's are an error.
-        """
+        """See `latents_to_blocks`; raises `ValueError` for other sizes than the model's."""
         block_size = block_size or self.config.block_size
         self.check_block_size(block_size)
         frames, height, width = self.grid
@@ -268,8 +277,7 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if latents.shape[1:] != (channels, frames, height * p, width * p):
             wanted = (channels, frames, height * p, width * p)
             raise ValueError(f"latents must be (batch, {', '.join(map(str, wanted))}), got {tuple(latents.shape)}")
-        x = latents.reshape(-1, channels, frames, height, p, width, p).permute(0, 2, 3, 5, 4, 6, 1)
-        return partition(x.reshape(-1, self.num_tokens, p * p * channels), self.grid, block_size, self.square_blocks)
+        return latents_to_blocks(latents, p, block_size, self.square_blocks)
 
     def from_blocks(self, blocks: torch.Tensor) -> torch.Tensor:
         """Block tokens `(batch, T, B, p*p*channels)` to latents `(batch, channels, frames, height, width)`."""

@@ -4,6 +4,7 @@
 actions) alone and equal those of `NFDPipeline`, so a recording can be made again from its metadata.
 """
 
+import re
 import threading
 import time
 from collections import deque
@@ -200,14 +201,17 @@ def enlargement(height: int, target: int = 256) -> int:
 
 
 def keys_of_actions(names: Sequence[str]) -> list[list[str]]:
-    """The held keys that mean each action: "forward+left" needs both; "stay" and "none" need none.
+    """The held keys that mean each action: "forward-left" needs both; "stay" and "none" need none.
 
     Words: up/forward, down/back, left, right; other words get no key and are reached by their button.
     """
     words = {"up": "up", "forward": "up", "down": "down", "back": "down", "left": "left", "right": "right"}
     combinations = []
     for name in names:
-        parts = [words.get(part.strip().lower().replace("turn_", "").replace("move_", "")) for part in name.split("+")]
+        parts = [
+            words.get(part.strip().lower().replace("turn_", "").replace("move_", ""))
+            for part in re.split(r"[+-]", name)
+        ]
         combinations.append(sorted(part for part in parts if part))
     return combinations
 

@@ -136,7 +136,7 @@ def test_a_recording_holds_the_frames_and_the_actions(pipe, tmp_path):
 
 
 def test_keys():
-    assert keys_of_actions(("stay", "up", "forward+left", "TURN_RIGHT", "fire")) == [
+    assert keys_of_actions(("stay", "up", "forward-left", "TURN_RIGHT", "fire")) == [
         [], ["up"], ["left", "up"], ["right"], [],
     ]  # fmt: skip
     assert enlargement(16) == 16
