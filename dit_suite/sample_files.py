@@ -22,10 +22,14 @@ _SUFFIXES = {"text-to-image": ".png", "class-to-image": ".png", "text-to-video":
 
 
 def distributed_state() -> Any:
-    """accelerate's view of the processes: rank, count, device. One process when nothing was launched."""
+    """accelerate's view of the processes: rank, count, device. One process when nothing was launched.
+
+    Without an accelerator it must be told to use the CPU, else launched processes do not find each other.
+    """
+    import torch
     from accelerate import PartialState
 
-    return PartialState(timeout=timedelta(days=7))
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 class SampleFolder:

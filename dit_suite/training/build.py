@@ -1,6 +1,7 @@
 """From a config to objects: the network, its processes, the optimizer, the pipeline that saves it."""
 
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,20 @@ def attach_attention(config: TrainConfig, network: torch.nn.Module) -> Any:
 
 
 def make_accelerator(run: RunSection) -> Accelerator:
-    """Processes, devices and autocast."""
+    """Processes, devices and autocast. Without an accelerator several processes talk over gloo.
+
+    Raises:
+        ValueError: the processes can't share the batch evenly, or were started but did not find each other.
+    """
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=run.find_unused_parameters, broadcast_buffers=False, gradient_as_bucket_view=True
     )
-    accelerator = Accelerator(mixed_precision=run.precision, kwargs_handlers=[ddp])
+    # accelerate joins processes on a machine without an accelerator only when it is told to use the CPU
+    on_cpu = None if torch.accelerator.is_available() else True
+    accelerator = Accelerator(mixed_precision=run.precision, kwargs_handlers=[ddp], cpu=on_cpu)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        raise ValueError(f"{started} processes were started, but {accelerator.num_processes} found each other")
     share = run.batch_size // run.accumulation
     if share % accelerator.num_processes:
         raise ValueError(

@@ -22,7 +22,7 @@ from dit_suite.training.trainer import Trainer
 from .conftest import curve, tiny, tiny_values
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def test_checkpoint_opens_and_holds_the_averaged_weights(finished):
