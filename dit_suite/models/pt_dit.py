@@ -7,6 +7,8 @@ windows. Text cross-attention, the feed-forward layer and adaLN-single are as in
 one frame: the token grid is always (frames, height, width).
 """
 
+from dataclasses import dataclass
+
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -99,6 +101,62 @@ def shift_region_mask(
     return (regions[:, :, None] == regions[:, None, :])[:, None]
 
 
+class Reorder(torch.autograd.Function):
+    """Tokens in another order. The gradient is the inverse gather, not a scatter with additions."""
+
+    @staticmethod
+    def forward(tokens: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        return tokens.index_select(1, order)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, _, inverse = inputs
+        ctx.save_for_backward(inverse)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(1, inverse), None, None
+
+
+@dataclass(frozen=True)
+class WindowLayout:
+    """Where tokens are and which attend to each other: made once per forward, shared by the blocks.
+
+    Attributes:
+        window: tokens of a window along (frames, height, width).
+        proxy_window: tokens of a proxy.
+        order: for window-major tokens, the order that puts them into windows shifted by half a window, `(n,)`.
+        inverse: the way back.
+        mask: attention inside shifted windows, `(windows, 1, p, p)`.
+    """
+
+    window: tuple[int, int, int]
+    proxy_window: tuple[int, int, int]
+    order: torch.Tensor
+    inverse: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def window_tokens(self) -> int:
+        return self.window[0] * self.window[1] * self.window[2]
+
+
+def window_layout(
+    grid: tuple[int, int, int],
+    window: tuple[int, int, int],
+    proxy_window: tuple[int, int, int],
+    shift: tuple[int, int, int],
+    device: torch.device,
+) -> WindowLayout:
+    """The layout of a token grid."""
+    places = torch.arange(grid[0] * grid[1] * grid[2], device=device).reshape(*grid)
+    rolled = torch.roll(places, tuple(-s for s in shift), dims=(0, 1, 2))
+    plain, shifted = (to_windows(p.reshape(1, -1, 1), grid, window).flatten() for p in (places, rolled))
+    order = plain.argsort()[shifted]
+    return WindowLayout(window, proxy_window, order, order.argsort(), shift_region_mask(grid, window, shift, device))
+
+
 class PTDiTTransformerBlock(nn.Module):
     """One block: proxies, proxy attention, injection, window and shifted-window attention, text, feed-forward."""
 
@@ -180,26 +238,16 @@ class PTDiTTransformerBlock(nn.Module):
         return hidden_states + self.linear_1_visual(injected)
 
     def attend_shifted(
-        self,
-        hidden_states: torch.Tensor,
-        modulation: torch.Tensor,
-        grid: tuple[int, int, int],
-        window: tuple[int, int, int],
-        shift: tuple[int, int, int],
-        mask: torch.Tensor,
+        self, hidden_states: torch.Tensor, modulation: torch.Tensor, layout: WindowLayout
     ) -> torch.Tensor:
         """Eq. 2, second half: roll the grid by half a window, attend inside windows, roll back, gate, project."""
         batch, length, dim = hidden_states.shape
-        back = from_windows(hidden_states, grid, window).reshape(batch, *grid, dim)
-        rolled = torch.roll(back, tuple(-s for s in shift), dims=(1, 2, 3)).reshape(batch, length, dim)
-        normed = self.norm_shift(to_windows(rolled, grid, window))
+        normed = self.norm_shift(Reorder.apply(hidden_states, layout.order, layout.inverse))
         offset, scale, gate = (self.proxy_scale_shift_table + modulation[:, :3]).unbind(1)
-        windows = modulate(normed, offset, scale).reshape(-1, window[0] * window[1] * window[2], dim)
-        masks = mask[None].expand(batch, -1, -1, -1, -1).flatten(0, 1)
+        windows = modulate(normed, offset, scale).reshape(-1, layout.window_tokens, dim)
+        masks = layout.mask[None].expand(batch, -1, -1, -1, -1).flatten(0, 1)
         out = self.attn3(windows, attention_mask=masks).reshape(batch, length, dim)
-        out = from_windows(out, grid, window).reshape(batch, *grid, dim)
-        out = torch.roll(out, shift, dims=(1, 2, 3)).reshape(batch, length, dim)
-        return self.linear_2(gate[:, None] * to_windows(out, grid, window))
+        return self.linear_2(gate[:, None] * Reorder.apply(out, layout.inverse, layout.order))
 
     def forward(
         self,
@@ -207,31 +255,23 @@ class PTDiTTransformerBlock(nn.Module):
         modulation: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         encoder_attention_mask: torch.Tensor | None,
-        grid: tuple[int, int, int],
-        window: tuple[int, int, int],
-        proxy_window: tuple[int, int, int],
-        shift: tuple[int, int, int],
-        shift_mask: torch.Tensor,
+        layout: WindowLayout,
     ) -> torch.Tensor:
         """Args: window-major tokens `(batch, n, dim)`, modulation `(batch, 6, dim)`, text `(batch, l, dim)` and its
         boolean mask `(batch, 1, 1, l)`. Returns tokens of the same shape."""
         batch, length, dim = hidden_states.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).unbind(1)
-        proxies = self.extract_proxies(hidden_states, window, proxy_window)
+        proxies = self.extract_proxies(hidden_states, layout.window, layout.proxy_window)
         hidden_states = self.interact_globally(hidden_states, proxies)
 
-        windows = modulate(self.norm1(hidden_states), shift1, scale1)
-        windows = windows.reshape(-1, window[0] * window[1] * window[2], dim)
+        windows = modulate(self.norm1(hidden_states), shift1, scale1).reshape(-1, layout.window_tokens, dim)
         hidden_states = hidden_states + gate1[:, None] * self.attn1(windows).reshape(batch, length, dim)
         if self.shift_window:
-            hidden_states = hidden_states + self.attend_shifted(
-                hidden_states, modulation, grid, window, shift, shift_mask
-            )
+            hidden_states = hidden_states + self.attend_shifted(hidden_states, modulation, layout)
         hidden_states = hidden_states + self.attn2(hidden_states, encoder_hidden_states, encoder_attention_mask)
         return hidden_states + gate2[:, None] * self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
 
 
-# diffusers' own block caches (FirstBlockCache and others) look a block up here.
 TransformerBlockRegistry.register(
     PTDiTTransformerBlock,
     TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
@@ -390,7 +430,7 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             raise ValueError(f"height and width must be multiples of the patch size {patch}, got {height} x {width}")
         grid = (frames, height // patch, width // patch)
         window, proxy_window, shift = self.resolve_windows(grid, compress_ratios)
-        mask = shift_region_mask(grid, window, shift, video.device)
+        layout = window_layout(grid, window, proxy_window, shift, video.device)
 
         tokens = self.patch_embed(video.transpose(1, 2).flatten(0, 1)).reshape(batch, frames * grid[1] * grid[2], -1)
         tokens = (tokens.float() + self.position_table(grid, video.device)).to(tokens.dtype)
@@ -403,7 +443,7 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         text_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None]
 
         for block in self.transformer_blocks:
-            arguments = (tokens, modulation, text, text_mask, grid, window, proxy_window, shift, mask)
+            arguments = (tokens, modulation, text, text_mask, layout)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, *arguments)
             else:

@@ -243,8 +243,9 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
             index = timestep.long().clamp(0, self.config.num_timesteps - 1)
             kept = self.channel_table[index].to(hidden_states.dtype)[:, None] * hidden_states
             return block(kept, conditioning) + (hidden_states - kept)
-        masked = hidden_states * self.mixture(layer, hidden_states, time_embedding, merged)
-        return block(hidden_states + masked, conditioning) - masked
+        mixed = self.mixture(layer, hidden_states, time_embedding, merged)
+        out = block(torch.addcmul(hidden_states, hidden_states, mixed), conditioning)
+        return torch.addcmul(out, hidden_states, mixed, value=-1)
 
     def forward(
         self,

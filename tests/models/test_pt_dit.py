@@ -19,9 +19,10 @@ from dit_suite.models.dit_blocks import from_windows, to_windows
 from dit_suite.models.pt_dit import (
     PT_DIT_SIZES,
     PTDiTTransformer3DModel,
+    Reorder,
     attention_mac_share,
     pick_compress_ratios,
-    shift_region_mask,
+    window_layout,
 )
 from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp, warped_timesteps
 
@@ -61,6 +62,15 @@ def inputs(batch: int = 2, size=(16, 16), frames: int | None = None, seed: int =
         "encoder_hidden_states": torch.randn(batch, 5, 8, generator=generator),
         "timestep": torch.full((batch,), 400.0),
     }
+
+
+def test_reordering_is_undone_and_has_the_gather_gradient():
+    layout = window_layout((2, 4, 4), (2, 2, 2), (2, 2, 2), (1, 1, 1), torch.device("cpu"))
+    tokens = torch.randn(2, 32, 3, dtype=torch.float64, requires_grad=True)
+    there = Reorder.apply(tokens, layout.order, layout.inverse)
+    assert torch.equal(Reorder.apply(there, layout.inverse, layout.order), tokens)
+    assert not torch.equal(there, tokens)
+    assert torch.autograd.gradcheck(lambda x: Reorder.apply(x, layout.order, layout.inverse).square(), tokens)
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda p: p.stem)
@@ -110,9 +120,8 @@ def test_window_attention_is_dense_attention_under_a_brute_force_mask(grid, wind
     torch.testing.assert_close(ours, block.attn1(tokens, attention_mask=plain[None, None]), atol=1e-5, rtol=0)
 
     shifted = torch.tensor([[piece(a, shift) == piece(b, shift) for b in places] for a in places])
-    mask = shift_region_mask(grid, window, shift, tokens.device)
-    modulation = torch.zeros(1, 6, 32)
-    ours = block.attend_shifted(to_windows(tokens, grid, window), modulation, grid, window, shift, mask)
+    layout = window_layout(grid, window, window, shift, tokens.device)
+    ours = block.attend_shifted(to_windows(tokens, grid, window), torch.zeros(1, 6, 32), layout)
     offset, scale, gate = block.proxy_scale_shift_table
     normed = block.norm_shift(tokens) * (1 + scale) + offset
     dense = block.linear_2(gate * block.attn3(normed, attention_mask=shifted[None, None]))
@@ -147,9 +156,9 @@ def test_fresh_global_and_shifted_paths_add_nothing_and_awake_ones_couple_window
         tokens = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
         touched = tokens.clone()
         touched[:, :16] = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(5))
-        shared = (torch.zeros(1, 6, 32), torch.zeros(1, 1, 32), None, (1, 8, 8), (1, 4, 4), (1, 4, 4), (0, 2, 2))
-        mask = shift_region_mask((1, 8, 8), (1, 4, 4), (0, 2, 2), tokens.device)
-        moved = (block(touched, *shared, mask) - block(tokens, *shared, mask)).abs().reshape(4, -1).amax(1)
+        layout = window_layout((1, 8, 8), (1, 4, 4), (1, 4, 4), (0, 2, 2), tokens.device)
+        shared = (torch.zeros(1, 6, 32), torch.zeros(1, 1, 32), None, layout)
+        moved = (block(touched, *shared) - block(tokens, *shared)).abs().reshape(4, -1).amax(1)
         return (moved > 1e-6).tolist()
 
     assert changed_windows(tiny()) == [True, False, False, False]
@@ -334,8 +343,10 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_nothing():
         torch.testing.assert_close(gradient, grads[1][name], atol=5e-6, rtol=0)
 
 
-def test_compiles_to_one_graph():
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_to_one_graph(training):
+    torch.compiler.reset()
     model = awake(tiny(num_layers=1))
-    with torch.no_grad():
+    with torch.set_grad_enabled(training):
         compiled = torch.compile(model, fullgraph=True, backend="eager")(**inputs()).sample
         torch.testing.assert_close(compiled, model(**inputs()).sample, atol=1e-6, rtol=0)

@@ -1,0 +1,298 @@
+"""Backbones: PT-DiT, Switch-DiT and LEGO beside dense twins of the same width: parameters, FLOPs, seconds per pass.
+
+FLOPs come from torch's counter on the meta device, where attention is two batched products (`attention_gflops`) and
+everything else is linear layers. Times are medians over interleaved pairs (baseline, technique) in one run, so that a
+busy machine slows both alike; `speedup` is the median ratio of wall times and `cpu_speedup` of CPU times. Weights are
+random: none of this depends on them.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+NAME = "backbones"
+
+PIXELS_PER_TOKEN = 16
+CAPTION = (1, 24, 384)
+GIGA = 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this benchmark."""
+    parser.add_argument("--parts", nargs="+", choices=("text", "class", "lego"), default=["text", "class", "lego"])
+    parser.add_argument("--pixels", type=int, nargs="+", default=[256, 512, 1024, 2048], help="sides, for FLOPs")
+    parser.add_argument("--timed-pixels", type=int, nargs="*", default=[256, 512, 1024], help="sides that are timed")
+    parser.add_argument("--heads", type=int, default=6, help="heads of 48 features of the text networks")
+    parser.add_argument("--layers", type=int, default=2, help="blocks of the text networks")
+    parser.add_argument("--pairs", type=int, default=10, help="interleaved pairs per time")
+    parser.add_argument("--device", default="cpu")
+
+
+def count_flops(make: Callable[[], Any]) -> tuple[float, float]:
+    """(attention, all) GFLOP of a call. `make` builds on the current default device and returns the call."""
+    with torch.device("meta"):
+        call = make()
+        with FlopCounterMode(display=False) as counter:
+            call()
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(n for op, n in counts.items() if "bmm" in str(op) or "attention" in str(op))
+    return attention / GIGA, sum(counts.values()) / GIGA
+
+
+def paired(baseline: Callable[[], Any], technique: Callable[[], Any], pairs: int, device: str) -> dict[str, float]:
+    """Median seconds of both and the median ratios baseline / technique over interleaved pairs, after a warm-up."""
+
+    def timed(call: Callable[[], Any]) -> tuple[float, float]:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        call()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    timed(baseline), timed(technique)
+    times = [(timed(baseline), timed(technique)) for _ in range(pairs)]
+    return {
+        "baseline_s": statistics.median(base[0] for base, _ in times),
+        "seconds": statistics.median(ours[0] for _, ours in times),
+        "speedup": statistics.median(base[0] / ours[0] for base, ours in times),
+        "cpu_speedup": statistics.median(base[1] / ours[1] for base, ours in times),
+    }
+
+
+def millions(model: torch.nn.Module) -> float:
+    return sum(p.numel() for p in model.parameters()) / 1e6
+
+
+def text_networks(latent: int, heads: int, layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """PixArt and PT-DiT of one width and depth for a latent side, in eval mode."""
+    from dit_suite.models.pt_dit import PTDiTTransformer3DModel
+
+    shape = {"num_attention_heads": heads, "attention_head_dim": 48, "num_layers": layers, "sample_size": latent}
+    dense = PixArtTransformer2DModel(
+        **shape,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=heads * 48,
+        caption_channels=CAPTION[2],
+        use_additional_conditions=False,
+    )
+    proxy = PTDiTTransformer3DModel(**shape, caption_channels=CAPTION[2])
+    return dense.eval(), proxy.eval()
+
+
+def text_call(model: torch.nn.Module, latent: int) -> Callable[[], Any]:
+    """One forward pass of a picture."""
+    inputs = torch.zeros(1, 4, latent, latent), torch.zeros(CAPTION), torch.full((1,), 500.0)
+    added = {"resolution": None, "aspect_ratio": None}
+    return lambda: model(inputs[0], encoder_hidden_states=inputs[1], timestep=inputs[2], added_cond_kwargs=added)
+
+
+def text_flops(pixels: int, heads: int, layers: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """((attention, all) of PixArt, the same of PT-DiT), in GFLOP."""
+    latent = pixels // 8
+    return tuple(
+        count_flops(lambda which=which: text_call(text_networks(latent, heads, layers)[which], latent))
+        for which in (0, 1)
+    )
+
+
+def self_attention_share(pixels: int, dense: tuple[float, float], proxy: tuple[float, float], args: Any) -> float:
+    """Percent of PixArt's self-attention products that PT-DiT needs; the text attention of both is left out."""
+    width, tokens = args.heads * 48, (pixels // PIXELS_PER_TOKEN) ** 2
+    text = args.layers * 2 * 2 * tokens * CAPTION[1] * width / GIGA
+    return 100 * (proxy[0] - text) / (dense[0] - text)
+
+
+def text_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """PixArt and PT-DiT by resolution (8x VAE, patch 2)."""
+    rows = []
+    for pixels in args.pixels:
+        latent = pixels // 8
+        dense, proxy = text_flops(pixels, args.heads, args.layers)
+        row = {
+            "network": "PT-DiT",
+            "baseline": "PixArt, same width and depth",
+            "setting": f"{pixels} px, {(pixels // PIXELS_PER_TOKEN) ** 2} tokens",
+            "gflops": proxy[1],
+            "baseline_gflops": dense[1],
+            "attention_gflops": proxy[0],
+            "linear_gflops": proxy[1] - proxy[0],
+            "baseline_linear_gflops": dense[1] - dense[0],
+            "attention_percent": self_attention_share(pixels, dense, proxy, args),
+            "total_percent": 100 * proxy[1] / dense[1],
+        }
+        if pixels in args.timed_pixels:
+            with torch.device(args.device):
+                networks = text_networks(latent, args.heads, args.layers)
+                calls = [text_call(network, latent) for network in networks]
+                parts = attention_calls(networks, latent)
+            row |= {"params_m": millions(networks[1]), "baseline_params_m": millions(networks[0])}
+            row |= paired(calls[0], calls[1], args.pairs, args.device)
+            row["attention_speedup"] = paired(parts[0], parts[1], args.pairs, args.device)["speedup"]
+        rows.append(row)
+    return rows
+
+
+def attention_calls(networks: tuple[torch.nn.Module, torch.nn.Module], latent: int) -> tuple[Callable, Callable]:
+    """The self-attention of a PixArt block, projections included, and what stands for it in a PT-DiT block."""
+    from dit_suite.models.pt_dit import window_layout
+
+    dense, proxy = (network.transformer_blocks[0] for network in networks)
+    grid = (1, latent // 2, latent // 2)
+    window, proxy_window, shift = networks[1].resolve_windows(grid, None)
+    tokens = torch.randn(1, grid[1] * grid[2], proxy.norm1.normalized_shape[0])
+    layout = window_layout(grid, window, proxy_window, shift, tokens.device)
+    modulation = torch.zeros(1, 6, tokens.shape[-1])
+
+    def proxied() -> torch.Tensor:
+        hidden = proxy.interact_globally(tokens, proxy.extract_proxies(tokens, window, proxy_window))
+        hidden = proxy.attn1(hidden.reshape(-1, window[1] * window[2], hidden.shape[-1])).reshape(tokens.shape)
+        return proxy.attend_shifted(hidden, modulation, layout)
+
+    return lambda: dense.attn1(tokens), proxied
+
+
+def break_even_row(args: argparse.Namespace) -> dict[str, Any]:
+    """The smallest side, in steps of 128 px, where PT-DiT needs fewer FLOPs than its dense twin."""
+    for pixels in range(128, 4097, 128):
+        dense, proxy = text_flops(pixels, args.heads, args.layers)
+        if proxy[1] < dense[1]:
+            break
+    else:
+        raise ValueError("PT-DiT needs more FLOPs at every size up to 4096 px for this width")
+    return {
+        "network": "PT-DiT",
+        "baseline": "PixArt, same width and depth",
+        "setting": f"break-even at {pixels} px (width {args.heads * 48})",
+        "gflops": proxy[1],
+        "baseline_gflops": dense[1],
+        "total_percent": 100 * proxy[1] / dense[1],
+    }
+
+
+def class_networks(routing: str) -> torch.nn.Module:
+    """S/2 for 256 px, 1000 classes."""
+    from dit_suite.models.dit import dit_config
+    from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
+
+    return SwitchDiTTransformer2DModel(**dit_config("DiT-S/2"), routing=routing).eval()
+
+
+def class_call(model: torch.nn.Module, latent: int, batch: int) -> Callable[[], Any]:
+    """One guided sampling step: a batch at one timestep; the timestep moves on with every call."""
+    images, labels = torch.zeros(batch, model.config.in_channels, latent, latent), torch.arange(batch)
+    state = {"step": 999}
+
+    def call() -> Any:
+        state["step"] = (state["step"] - 1) % 1000
+        return model(images, torch.full((batch,), state["step"]), labels)
+
+    return call
+
+
+def class_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Switch-DiT and DTR against DiT at S/2: a step of two samples (one picture with guidance)."""
+    with torch.device(args.device):
+        plain = class_networks("none")
+    base_flops = count_flops(lambda: class_call(class_networks("none"), 32, 2))
+    rows = []
+    for name, routing in (("Switch-DiT", "experts"), ("DTR", "channels")):
+        with torch.device(args.device):
+            network = class_networks(routing)
+        times = paired(class_call(plain, 32, 2), class_call(network, 32, 2), args.pairs, args.device)
+        flops = count_flops(lambda routing=routing: class_call(class_networks(routing), 32, 2))
+        rows.append(
+            {
+                "network": f"{name}-S/2",
+                "baseline": "DiT-S/2",
+                "setting": "256 px, 256 tokens, batch 2, one timestep",
+                "params_m": millions(network),
+                "baseline_params_m": millions(plain),
+                "gflops": flops[1],
+                "baseline_gflops": base_flops[1],
+                "total_percent": 100 * flops[1] / base_flops[1],
+                **times,
+                "overhead_percent": 100 * (1 / times["speedup"] - 1),
+                "cpu_overhead_percent": 100 * (1 / times["cpu_speedup"] - 1),
+            }
+        )
+    return rows
+
+
+def lego_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The 64 px preset's chain by `t_break` against a DiT of the same width, depth, token size and evaluations."""
+    from dit_suite.models.lego import LegoTransformer2DModel
+    from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
+    from dit_suite.pipelines.pipeline_lego import LegoPipeline, skipped_steps
+    from dit_suite.schedulers.edm_heun import EDMHeunScheduler
+
+    heads = {"num_attention_heads": 5, "attention_head_dim": 32, "sample_size": 64, "in_channels": 3, "num_classes": 49}
+    bricks = {"brick_sizes": (8, 16, 64), "patch_sizes": (4, 8, 4), "brick_depths": (1, 1, 5)}
+    dit = {"patch_size": 4, "num_layers": 7, "learn_sigma": False, "routing": "none"}
+    steps, batch = 10, 2
+    evaluations = 2 * steps - 1
+
+    def pass_flops(**choice: Any) -> float:
+        def make() -> Callable[[], Any]:
+            model = LegoTransformer2DModel(**heads, **bricks)
+            return lambda: model(torch.zeros(batch, 3, 64, 64), torch.zeros(1), torch.arange(batch), **choice)
+
+        return count_flops(make)[1]
+
+    full, short = pass_flops(), pass_flops(stop_after=1)
+    dense = count_flops(lambda: class_call(SwitchDiTTransformer2DModel(**heads, **dit), 64, batch))[1]
+    with torch.device(args.device):
+        twin = SwitchDiTTransformer2DModel(**heads, **dit).eval()
+        step = class_call(twin, 64, batch)
+        pipe = LegoPipeline(LegoTransformer2DModel(**heads, **bricks).eval(), EDMHeunScheduler())
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(t_break: float) -> Callable[[], Any]:
+        return lambda: pipe(
+            [0, 1], num_inference_steps=steps, guidance_scale=1.0, t_break=t_break, output_type="latent"
+        )
+
+    rows = []
+    for t_break in (0.0, 0.25, 0.5, 0.75, 1.0):
+        late = skipped_steps(steps, t_break, "late")
+        truncated = 2 * len(late) - (1 if late else 0)
+        flops = (evaluations - truncated) * full + truncated * short
+        times = paired(lambda: [step() for _ in range(evaluations)], sample(t_break), args.pairs, args.device)
+        whole = paired(sample(0.0), sample(t_break), args.pairs, args.device)
+        rows.append(
+            {
+                "network": "LEGO, emoji-lego-64",
+                "baseline": "DiT, same width, depth and tokens",
+                "setting": f"t_break {t_break}, {steps} Heun steps, batch {batch}",
+                "params_m": millions(pipe.transformer),
+                "baseline_params_m": millions(twin),
+                "gflops": flops,
+                "baseline_gflops": evaluations * dense,
+                "total_percent": 100 * flops / (evaluations * dense),
+                **times,
+                "speedup_to_unskipped": whole["speedup"],
+                "last_brick_percent": 100 * (1 - short / full),
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Rows of the chosen parts."""
+    rows: list[dict[str, Any]] = []
+    if "text" in args.parts:
+        rows += text_rows(args) + [break_even_row(args)]
+    if "class" in args.parts:
+        rows += class_rows(args)
+    if "lego" in args.parts:
+        rows += lego_rows(args)
+    return {"settings": {key: value for key, value in vars(args).items() if key != "output"}, "rows": rows}
