@@ -50,7 +50,8 @@ def extract(
     state: Any = None,
     progress: str | None = None,
 ) -> Extraction:
-    """Reads every sample once and returns its features on every process.
+    """Reads every sample once and returns its features on every process; every frame of a clip is a row, unless the
+    extractor takes clips.
 
     Args:
         batch_size: samples per pass through the extractor.
@@ -112,6 +113,8 @@ def _assembled(
 ) -> Extraction:
     fingerprint = hashlib.sha256(b"".join(digest for row in rows for digest in row["digests"])).hexdigest()
     description = {**source.describe(), "shape": list(source.shape), "samples": len(source), "sha256": fingerprint}
+    if len(source.shape) == 4 and not extractor.takes_clips:
+        description["frames_per_sample"] = source.shape[0]
     features = logits = None
     if keep_features:
         features = torch.cat([row["features"] for row in rows])

@@ -141,8 +141,8 @@ class Evaluation:
         self._warn(samples.feature_set, reference)
         report = Report(
             self.extractor.tag,
-            {"samples": samples.feature_set.count, **samples.feature_set.source},
-            {"samples": reference.count, **reference.source} if reference else None,
+            {**samples.feature_set.source, "samples": samples.feature_set.count},
+            {**reference.source, "samples": reference.count} if reference else None,
         )
         report.details = {"options": self.options.to_dict()}
         self._set_metrics(report, samples.feature_set, reference)
@@ -206,6 +206,8 @@ class Evaluation:
                 name = result_name(request.kind, self.extractor)
                 self.warnings.append(f"{request.asked} means Inception features; with {tag.name} the result is {name}")
         for label, side in (("samples", samples), ("reference", reference)):
+            if side is not None and side.source.get("frames_per_sample"):
+                self.warnings.append(f"the {label} are clips, and {tag.name} takes pictures: every frame is a sample")
             if side is not None and side.source.get("lossy_files"):
                 self.warnings.append(
                     f"{side.source['lossy_files']} of the {label} are JPEG files, which moves distances"

@@ -149,6 +149,15 @@ def test_warnings_about_names_and_counts(source, make_squares):
     assert any("fid means Inception features" in text for text in report.warnings)
 
 
+def test_frames_of_clips_count_as_samples_and_it_is_said(source, make_squares):
+    clips = source(make_squares(24, 0).reshape(6, 4, 24, 24, 3))
+    frames, real = source(make_squares(24, 0)), source(make_squares(30, 1))
+    report = evaluate("kid,psnr", samples=clips, baseline=clips, reference=real)
+    assert report.metrics == pytest.approx(evaluate("kid", samples=frames, reference=real).metrics, rel=1e-6)
+    assert report.to_dict()["n_samples"] == 24 and report.pairs["psnr"]["mean"] == 100.0
+    assert any("every frame is a sample" in text for text in report.warnings)
+
+
 def test_kid_over_subsets_states_its_size(source, make_squares):
     options = EvaluationOptions(bootstrap=20, kid_subsets=5, kid_subset_size=1000)
     report = evaluate("kid", options, samples=source(make_squares(40, 0)), reference=source(make_squares(60, 1)))
