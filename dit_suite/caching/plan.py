@@ -35,8 +35,9 @@ EVERY_BRANCH = "*"
 class BACConfig(Options):
     """How to spend the compute of a sampling run. At most one of the three budgets may be given.
 
-    The defaults are this project's: one schedule for the whole stack of blocks, skipped steps forecast by fitted
-    weights. `BACConfig.reference(budget)` is the paper's method.
+    The defaults are this project's: one schedule for the whole stack of blocks (or for all blocks, where something
+    happens between them), skipped steps forecast by fitted weights. `BACConfig.reference(budget)` is the published
+    method.
     """
 
     budget: int | None = option(None, "computed steps of each unit, the first included", minimum=1)
@@ -45,7 +46,7 @@ class BACConfig(Options):
     )
     psnr: float | None = option(None, "dB to the un-cached run; needs a profile with measured quality", minimum=0.0)
     schedule: str = option("shared", "one schedule for all, or one each", choices=("shared", "per_block", "uniform"))
-    granularity: str = option("stack", "what is cached", choices=GRANULARITIES)
+    granularity: str = option("auto", "what is cached (auto: stack, else block)", choices=("auto", *GRANULARITIES))
     predictor: str = option("fitted", "what stands in at skipped steps (linear, fitted: ours)", choices=PREDICTORS)
     order: int = option(2, "computed outputs a forecast draws on", minimum=1, maximum=4, advanced=True)
     metric: str = option("l2", "likeness of two steps", choices=("l2", "cosine"), advanced=True)
@@ -230,6 +231,7 @@ def _branch_plan(
 
 
 def _with_budget(profile: SimilarityProfile, config: BACConfig, budget: int) -> BACSchedule:
+    config = dataclasses.replace(config, granularity=profile.granularity(config.granularity))
     units = profile.select(config.granularity)
     info = [profile.units[u] for u in units]
     groups = {b: (b,) for b in profile.branches} if config.per_branch else {EVERY_BRANCH: profile.branches}

@@ -114,6 +114,12 @@ class SimilarityProfile:
     def branches(self) -> tuple[str, ...]:
         return tuple(self.gram)
 
+    def granularity(self, wanted: str) -> str:
+        """ "auto" becomes "stack" where the profile has one and "block" where it has none."""
+        if wanted != "auto":
+            return wanted
+        return "stack" if any(unit.kind == "stack" for unit in self.units) else "block"
+
     def select(self, granularity: str) -> list[int]:
         """Indices of the units of one granularity.
 

@@ -73,10 +73,12 @@ class ProfileRecorder:
         self._runs = 0
         self._indices: dict[int, torch.Tensor] = {}
         self._handles: list[Any] = []
+        self._scheduler: dict[str, Any] = {}
         self._meter: FlopMeter | None = None
         self._entered: dict[str, Any] = {}
 
     def __enter__(self) -> "ProfileRecorder":
+        self._scheduler = scheduler_facts(getattr(self._pipeline, "scheduler", None))
         self._handles.append(attach_root_hook(self.model, self._pipeline))
         self._watch(self.model, self._before_model, self._after_model)
         layouts = {block.name: stream_layout(block.module) for block in self._blocks}
@@ -231,7 +233,7 @@ class ProfileRecorder:
         return SimilarityProfile(
             model=type(self.model).__name__,
             fingerprint=model_fingerprint(self.model),
-            scheduler=scheduler_facts(getattr(self._pipeline, "scheduler", None)),
+            scheduler=self._scheduler,
             num_inference_steps=self._num_steps,
             timesteps=tuple(t for _, _, t in self._plan),
             positions=tuple((step, evaluation) for step, evaluation, _ in self._plan),
