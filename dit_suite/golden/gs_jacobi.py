@@ -7,8 +7,9 @@ import torch
 from dit_suite.golden import Result, Tensors, compare, section
 from dit_suite.golden.tarflow import load_model
 from dit_suite.models.tarflow import TarFlowModel
-from dit_suite.schedulers.gs_jacobi import GUESSES, BlockStrategy, FlowGuidance, GSJacobiScheduler, solve
+from dit_suite.schedulers.gs_jacobi import BlockStrategy, FlowGuidance, GSJacobiScheduler, solve
 from dit_suite.schedulers.tarflow_metrics import flow_metrics
+from dit_suite.schedulers.tarflow_strategy import GUESSES
 
 FAMILY = "gs_jacobi"
 PREFIXES = ("gs_jacobi_",)

@@ -28,87 +28,10 @@ from diffusers.utils import BaseOutput
 
 from dit_suite.models.tarflow import LayerCache, TarFlowBlock, TarFlowModel
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
 
-GUESSES = ("latent", "zero", "linear")
 STOPPING = ("sample", "batch")
 DIVERGED = 1e6
-
-
-@dataclass(frozen=True)
-class FlowGuidance:
-    """Guidance of a flow: extrapolates the raw log-scale and shift away from a weaker branch (TarFlow, section 3.4).
-
-    Attributes:
-        scale: weight w; 0 or less turns guidance off.
-        parameters: "ab" both, "a" the log-scale only, "b" the shift only, "" none.
-        temperature: attention temperature of the weaker branch (the class-free one).
-        annealed: the weight grows linearly over the tokens of a block, from w / (T - 1) to w.
-    """
-
-    scale: float = 0.0
-    parameters: str = "ab"
-    temperature: float = 1.0
-    annealed: bool = False
-
-    def __post_init__(self) -> None:
-        if not set(self.parameters) <= set("ab"):
-            raise ValueError(f"guidance parameters must be made of the letters a and b, got {self.parameters!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"the attention temperature must be above 0, got {self.temperature}")
-
-    @property
-    def active(self) -> bool:
-        return self.scale > 0 and self.parameters != ""
-
-
-@dataclass(frozen=True)
-class BlockStrategy:
-    """How one block is solved.
-
-    Attributes:
-        modules: 0 (or T) for the sequential loop, 1 for Jacobi on the whole sequence, G for G modules.
-        sweeps: updates per module at most.
-        guess: first iterate: "latent" (x = z), "zero" (x = z_0, 0, 0, ...), or "linear" (the block's fitted
-            prediction of x from z, see `TarFlowBlock.initial_guess`).
-        staggered: slide a window of `sweeps` modules instead of finishing module after module.
-    """
-
-    modules: int = 0
-    sweeps: int = 1
-    guess: str = "latent"
-    staggered: bool = False
-
-    def __post_init__(self) -> None:
-        if self.modules < 0 or self.sweeps < 1:
-            raise ValueError(f"modules must be 0 or more and sweeps 1 or more, got {self.modules} and {self.sweeps}")
-        if self.guess not in GUESSES:
-            raise ValueError(f"guess must be one of {', '.join(GUESSES)}, got {self.guess!r}")
-
-    def is_sequential(self, tokens: int) -> bool:
-        return self.modules == 0 or self.modules >= tokens
-
-    def windows(self, tokens: int) -> list[tuple[int, int, int]]:
-        """The network calls of a block without early stopping: (first input, end of inputs, module).
-
-        Inputs `start .. end - 1` update the tokens `start + 1 .. end`. Modules cover every token; their lengths differ
-        by at most one where `modules` does not divide the number of tokens.
-        """
-        last = tokens - 1
-        if self.is_sequential(tokens):
-            return [(position, position + 1, 0) for position in range(last)]
-        edges = [module * tokens // self.modules for module in range(self.modules)] + [last]
-        spans = [(edges[m], edges[m + 1], m) for m in range(self.modules) if edges[m] < edges[m + 1]]
-        if not self.staggered:
-            return [span for span in spans for _ in range(self.sweeps)]
-        calls = []
-        for head in range(len(spans) + self.sweeps - 1):
-            tail = max(0, head - self.sweeps + 1)
-            calls.append((spans[tail][0], spans[min(head, len(spans) - 1)][1], tail))
-        return calls
-
-    def work(self, tokens: int) -> float:
-        """Token evaluations of a block in units of one pass over the sequence."""
-        return sum(end - start for start, end, _ in self.windows(tokens)) / tokens
 
 
 @dataclass
@@ -416,8 +339,9 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         sweeps: per block, updates per module at most.
         guesses: per block, "latent", "zero" or "linear".
         staggered: per block, slide over the modules instead of finishing one after the other.
-        tolerance: a sample leaves a module when the root mean square change of a sweep is at most this; negative: the
-            number of sweeps is fixed. Staggered blocks have a fixed number.
+        tolerances: per block, a sample leaves a module when the root mean square change of a sweep is at most this;
+            negative: the number of sweeps is fixed. Staggered blocks have a fixed number.
+        tolerance: the same for blocks whose own is lower.
         stopping: "sample" decides for every sample by itself; "batch" is the reference's pooled rule (Frobenius norm
             over the batch / (batch * token_dim) against `tolerance`).
         clamp: bound on updated tokens (3.0 in the reference), or None. The sequential loop never clamps.
@@ -433,6 +357,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         sweeps: list[int] | None = None,
         guesses: list[str] | None = None,
         staggered: list[bool] | None = None,
+        tolerances: list[float] | None = None,
         tolerance: float = -1.0,
         stopping: str = "sample",
         clamp: float | None = None,
@@ -444,14 +369,19 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"clamp must be above 0 or None, got {clamp}")
         if math.isnan(tolerance):
             raise ValueError("tolerance must be a number, got nan")
-        given = {"modules": modules, "sweeps": sweeps, "guesses": guesses, "staggered": staggered}
+        given = {
+            "modules": modules, "sweeps": sweeps, "guesses": guesses, "staggered": staggered, "tolerances": tolerances
+        }  # fmt: skip
         lengths = {name: len(values) for name, values in given.items() if values is not None}
         if lengths and ("modules" not in lengths or len(set(lengths.values())) > 1):
             raise ValueError(f"a strategy needs lists of one length, modules among them, got lengths {lengths}")
         self.strategies: tuple[BlockStrategy, ...] = ()
         if modules is not None:
             count = len(modules)
-            columns = (modules, sweeps or [1] * count, guesses or ["latent"] * count, staggered or [False] * count)
+            columns = (
+                modules, sweeps or [1] * count, guesses or ["latent"] * count, staggered or [False] * count,
+                tolerances or [-1.0] * count,
+            )  # fmt: skip
             self.strategies = tuple(BlockStrategy(*row) for row in zip(*columns, strict=True))
         self.timesteps = torch.zeros(0, dtype=torch.int64)
 
@@ -498,7 +428,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
             class_labels: `(batch,)` of classes >= 0, or None.
             guidance: off by default.
             strategy: instead of the planned one.
-            tolerance: instead of the configured one.
+            tolerance: instead of the planned one.
             progress: told the number of finished network calls.
             should_stop: asked before every network call.
 
@@ -520,7 +450,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
             if strategy.staggered and strategy.modules > 1:
                 _solve_staggered(sweeper, windows)
             else:
-                limit = self.config.tolerance if tolerance is None else tolerance
+                limit = max(strategy.tolerance, self.config.tolerance) if tolerance is None else tolerance
                 _solve_modules(sweeper, windows, limit, self.config.stopping)
             found = sweeper.found
             if bool(sweeper.diverged.any()) and not trace.interrupted:

@@ -27,7 +27,8 @@ from dit_suite.schedulers.gs_jacobi import (
 from dit_suite.schedulers.tarflow_metrics import flow_metrics
 
 MAX_SWEEPS = 8
-STAGGERED = ((2, 2), (4, 2), (8, 2), (8, 3))
+STAGGERED = ((8, 2), (8, 3))
+TOLERANCES = (0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
 HOPELESS = 0.1
 GAIN_ROWS = 8
 TIGHTEN = 0.85
@@ -92,6 +93,7 @@ class Plan:
             sweeps=[row["sweeps"] for row in rows],
             guesses=[row["guess"] for row in rows],
             staggered=[row["staggered"] for row in rows],
+            tolerances=[row["tolerance"] for row in rows],
             planned={**record, **measured},
         )
 
@@ -174,7 +176,7 @@ class Planner:
     held_out: Calibration
     guidance: FlowGuidance
     batch_size: int = 8
-    repeats: int = 3
+    repeats: int = 2
     say: Callable[[str], None] = lambda line: None
 
     def _block(self, index: int) -> TarFlowBlock:
@@ -194,18 +196,30 @@ class Planner:
         error = _rms(self._solve(index, self.held_out, strategy) - self.held_out.states[index + 1])
         return Candidate(strategy, error, self._seconds(index, strategy))
 
-    def _jacobi(self, index: int, guess: str, limit: float) -> list[Candidate]:
-        """Jacobi with 1, 2, ... sweeps, as far as they are faster than `limit` seconds; one run serves them all."""
+    def _jacobi(self, index: int, guess: str, limit: float, worse_than: float) -> list[Candidate]:
+        """Jacobi with 1, 2, ... sweeps, and with a tolerance per sample, as far as they are faster than `limit`.
+
+        One run serves them all. It ends after the first sweep if that one leaves a mean error above `worse_than`.
+        """
         block, data = self._block(index), self.held_out
         system = FlowSystem(block, data.states[index], data.class_labels, self.guidance)
         exact = block.order(data.states[index + 1])
+        tokens, errors, changes, found = first_iterate(system, guess), [], [], []
         one = self._seconds(index, BlockStrategy(1, 1, guess))
-        tokens, found = first_iterate(system, guess), []
         for sweeps in range(1, MAX_SWEEPS + 1):
-            if sweeps * one >= limit:
-                break
-            tokens = torch.cat([tokens[:, :1], system.update(tokens[:, :-1], 0, None)], dim=1)
-            found.append(Candidate(BlockStrategy(1, sweeps, guess), _rms(tokens - exact), sweeps * one))
+            before, tokens = tokens, torch.cat([tokens[:, :1], system.update(tokens[:, :-1], 0, None)], dim=1)
+            errors.append(_rms(tokens - exact))
+            changes.append(_rms(tokens[:, 1:] - before[:, 1:]))
+            if float(errors[0].mean()) > worse_than:
+                return []
+            if sweeps * one < limit:
+                found.append(Candidate(BlockStrategy(1, sweeps, guess), errors[-1], sweeps * one))
+        for tolerance in TOLERANCES:
+            going = (torch.stack(changes[:-1]) > tolerance).int().cumprod(dim=0).sum(dim=0)
+            error = torch.stack(errors).gather(0, going[None]).squeeze(0)
+            seconds = one * float((going + 1.0).mean())
+            strategy = BlockStrategy(1, MAX_SWEEPS, guess, tolerance=tolerance)
+            found.append(Candidate(strategy, error, seconds))
         return found
 
     def candidates(self, index: int, guess: str) -> list[Candidate]:
@@ -218,7 +232,8 @@ class Planner:
         guesses = ["linear", guess] if self.model.config.guess_kernel else [guess]
         found = [baseline]
         for name in guesses:
-            found += self._jacobi(index, name, baseline.seconds)
+            first = [float(c.errors.mean()) for c in found if c.strategy.sweeps == 1 and c is not baseline]
+            found += self._jacobi(index, name, baseline.seconds, worse_than=min(first, default=math.inf))
         two = [c for c in found if c.strategy.sweeps == 2 and c.strategy.guess == guesses[0]]
         if two and float(two[0].errors.mean()) < HOPELESS:
             staggered = [BlockStrategy(modules, sweeps, guesses[0], True) for modules, sweeps in STAGGERED]
