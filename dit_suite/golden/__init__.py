@@ -94,7 +94,7 @@ def compare(
         return Result(name, 0.0, tolerance)
     got, want = actual.detach().to(torch.float64), expected.detach().to(torch.float64)
     difference = torch.where(got == want, 0.0, (got - want).abs())
-    error = float(torch.nan_to_num(difference, nan=math.inf).max())
+    error = float(torch.nan_to_num(difference, nan=math.inf, posinf=math.inf).max())
     if relative:
         error /= max(float(want.abs().max()), torch.finfo(torch.float32).tiny)
     return Result(name, error, tolerance)
