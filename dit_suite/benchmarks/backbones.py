@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=("text", "class", "lego"), default=["text", "class", "lego"])
     parser.add_argument("--pixels", type=int, nargs="+", default=[256, 512, 1024, 2048], help="sides, for FLOPs")
     parser.add_argument("--timed-pixels", type=int, nargs="*", default=[256, 512, 1024], help="sides that are timed")
-    parser.add_argument("--heads", type=int, default=6, help="heads of 48 features of the text networks")
+    parser.add_argument("--heads", type=int, default=6, help="heads of the text networks (6 x 48: the S-Class model)")
+    parser.add_argument("--head-dim", type=int, default=48, help="features per head of the text networks")
     parser.add_argument("--layers", type=int, default=2, help="blocks of the text networks")
     parser.add_argument("--pairs", type=int, default=10, help="interleaved pairs per time")
     parser.add_argument("--device", default="cpu")
@@ -71,16 +72,21 @@ def millions(model: torch.nn.Module) -> float:
     return sum(p.numel() for p in model.parameters()) / 1e6
 
 
-def text_networks(latent: int, heads: int, layers: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+def text_networks(latent: int, args: argparse.Namespace) -> tuple[torch.nn.Module, torch.nn.Module]:
     """PixArt and PT-DiT of one width and depth for a latent side, in eval mode."""
     from dit_suite.models.pt_dit import PTDiTTransformer3DModel
 
-    shape = {"num_attention_heads": heads, "attention_head_dim": 48, "num_layers": layers, "sample_size": latent}
+    shape = {
+        "num_attention_heads": args.heads,
+        "attention_head_dim": args.head_dim,
+        "num_layers": args.layers,
+        "sample_size": latent,
+    }
     dense = PixArtTransformer2DModel(
         **shape,
         in_channels=4,
         out_channels=8,
-        cross_attention_dim=heads * 48,
+        cross_attention_dim=args.heads * args.head_dim,
         caption_channels=CAPTION[2],
         use_additional_conditions=False,
     )
@@ -95,18 +101,17 @@ def text_call(model: torch.nn.Module, latent: int) -> Callable[[], Any]:
     return lambda: model(inputs[0], encoder_hidden_states=inputs[1], timestep=inputs[2], added_cond_kwargs=added)
 
 
-def text_flops(pixels: int, heads: int, layers: int) -> tuple[tuple[float, float], tuple[float, float]]:
+def text_flops(pixels: int, args: argparse.Namespace) -> tuple[tuple[float, float], tuple[float, float]]:
     """((attention, all) of PixArt, the same of PT-DiT), in GFLOP."""
     latent = pixels // 8
     return tuple(
-        count_flops(lambda which=which: text_call(text_networks(latent, heads, layers)[which], latent))
-        for which in (0, 1)
+        count_flops(lambda which=which: text_call(text_networks(latent, args)[which], latent)) for which in (0, 1)
     )
 
 
 def self_attention_share(pixels: int, dense: tuple[float, float], proxy: tuple[float, float], args: Any) -> float:
     """Percent of PixArt's self-attention products that PT-DiT needs; the text attention of both is left out."""
-    width, tokens = args.heads * 48, (pixels // PIXELS_PER_TOKEN) ** 2
+    width, tokens = args.heads * args.head_dim, (pixels // PIXELS_PER_TOKEN) ** 2
     text = args.layers * 2 * 2 * tokens * CAPTION[1] * width / GIGA
     return 100 * (proxy[0] - text) / (dense[0] - text)
 
@@ -116,7 +121,7 @@ def text_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for pixels in args.pixels:
         latent = pixels // 8
-        dense, proxy = text_flops(pixels, args.heads, args.layers)
+        dense, proxy = text_flops(pixels, args)
         row = {
             "network": "PT-DiT",
             "baseline": "PixArt, same width and depth",
@@ -131,7 +136,7 @@ def text_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
         }
         if pixels in args.timed_pixels:
             with torch.device(args.device):
-                networks = text_networks(latent, args.heads, args.layers)
+                networks = text_networks(latent, args)
                 calls = [text_call(network, latent) for network in networks]
                 parts = attention_calls(networks, latent)
             row |= {"params_m": millions(networks[1]), "baseline_params_m": millions(networks[0])}
@@ -163,7 +168,7 @@ def attention_calls(networks: tuple[torch.nn.Module, torch.nn.Module], latent: i
 def break_even_row(args: argparse.Namespace) -> dict[str, Any]:
     """The smallest side, in steps of 128 px, where PT-DiT needs fewer FLOPs than its dense twin."""
     for pixels in range(128, 4097, 128):
-        dense, proxy = text_flops(pixels, args.heads, args.layers)
+        dense, proxy = text_flops(pixels, args)
         if proxy[1] < dense[1]:
             break
     else:
@@ -171,7 +176,7 @@ def break_even_row(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "network": "PT-DiT",
         "baseline": "PixArt, same width and depth",
-        "setting": f"break-even at {pixels} px (width {args.heads * 48})",
+        "setting": f"break-even at {pixels} px (width {args.heads * args.head_dim})",
         "gflops": proxy[1],
         "baseline_gflops": dense[1],
         "total_percent": 100 * proxy[1] / dense[1],

@@ -272,6 +272,7 @@ class PTDiTTransformerBlock(nn.Module):
         return hidden_states + gate2[:, None] * self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
 
 
+# diffusers' own block caches (FirstBlockCache and others) look a block up here.
 TransformerBlockRegistry.register(
     PTDiTTransformerBlock,
     TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
