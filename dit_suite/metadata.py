@@ -84,11 +84,15 @@ def parse_record(text: str, origin: str) -> dict[str, Any]:
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:
-    """The JSON object inside a picture that this suite wrote.
+    """The JSON object inside a picture, MP4 or GIF that this suite wrote.
 
     Raises:
-        ValueError: the file is no picture, or carries no metadata of this suite.
+        ValueError: the file is no picture or clip, or carries no metadata of this suite.
     """
+    if Path(path).suffix.lower() in (".mp4", ".gif"):
+        from dit_suite.video import read_video_record
+
+        return read_video_record(path)
     try:
         with Image.open(path) as image:
             image.load()
