@@ -1,7 +1,7 @@
 """Official DiT checkpoints (`DiT-XL-2-256x256.pt` and training files) to a `DiTModel` pipeline, and back.
 
-The renaming is a bijection. The fixed position table of the official file is compared with the computed one and then
-dropped; every other tensor is used exactly once.
+The published weights are licensed CC-BY-NC 4.0 (non-commercial use). The renaming is a bijection. The fixed position
+table of the official file is compared with the computed one and then dropped; every other tensor is used exactly once.
 """
 
 import argparse
