@@ -22,7 +22,7 @@ from dit_suite.caching.schedule import (
     forecast_weights,
     mask_of,
     rank_blocks,
-    uniform_schedule,
+    spread_schedule,
 )
 from dit_suite.options import Options, option
 
@@ -190,7 +190,7 @@ def _unit_steps(
         return forecast_schedule(forecast_costs(gram(), config.predictor, profile.timesteps), budget)[0]
 
     if config.schedule == "uniform":
-        steps = [uniform_schedule(count, max(1, round(count / budget)))] * len(units)
+        steps = [spread_schedule(count, budget)] * len(units)
     elif config.schedule == "shared":
         shared = solve(
             lambda: np.sum([profile.matrices(config.metric, u, branches) for u in units], axis=0),

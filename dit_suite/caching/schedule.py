@@ -73,6 +73,12 @@ def uniform_schedule(num_steps: int, interval: int) -> list[int]:
     return list(range(0, num_steps, interval))
 
 
+def spread_schedule(num_steps: int, budget: int) -> list[int]:
+    """`budget` steps spread evenly; the fixed interval wherever `budget` divides `num_steps`."""
+    _check_budget(budget, num_steps)
+    return [i * num_steps // budget for i in range(budget)]
+
+
 def rank_blocks(errors: Sequence[float], count: int) -> list[int]:
     """Indices of the `count` units with the largest drift, in descending order (stable)."""
     order = np.argsort(-np.asarray(errors, dtype=np.float64), kind="stable")

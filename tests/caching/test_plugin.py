@@ -71,7 +71,7 @@ def test_reuse_returns_the_cached_branch(pixart) -> None:
     """At a skipped step, a reused sub-block gives exactly its last computed output and does not run."""
     seen: list[torch.Tensor] = []
     module = pixart.model.transformer_blocks[0].ff
-    schedule = build_schedule(profile_of(pixart), BACConfig(budget=2, schedule="uniform", **SUBBLOCK))
+    schedule = build_schedule(profile_of(pixart), BACConfig(budget=3, schedule="uniform", **SUBBLOCK))
     steps = schedule.plan("*").steps[0]
     runs: list[int] = []
     inner = module.net[0].register_forward_hook(lambda *_: runs.append(1))
@@ -83,8 +83,8 @@ def test_reuse_returns_the_cached_branch(pixart) -> None:
         module.forward = original
         watch.remove()
     inner.remove()
-    assert steps == (0, 2, 4) and len(runs) == 3
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3]) and not torch.equal(seen[1], seen[2])
+    assert steps == (0, 1, 3) and len(runs) == 3
+    assert torch.equal(seen[1], seen[2]) and torch.equal(seen[3], seen[4]) and not torch.equal(seen[2], seen[3])
 
 
 def test_forecast_is_the_weighted_sum_of_computed_outputs(pixart) -> None:

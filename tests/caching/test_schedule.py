@@ -15,6 +15,7 @@ from dit_suite.caching.schedule import (
     forecast_weights,
     mask_of,
     rank_blocks,
+    spread_schedule,
     uniform_schedule,
 )
 
@@ -139,5 +140,6 @@ def test_fitted_weights_beat_every_other() -> None:
 
 def test_uniform() -> None:
     assert uniform_schedule(10, 3) == [0, 3, 6, 9]
+    assert spread_schedule(12, 4) == uniform_schedule(12, 3) and spread_schedule(7, 3) == [0, 2, 4]
     with pytest.raises(ValueError, match="at least 1"):
         uniform_schedule(10, 0)

@@ -1,0 +1,174 @@
+"""Stage 1: every new operator learns, by itself, to give what the exchanged one gave for the same input.
+
+The teacher runs as it does in use (a pipeline that samples, or a trainer's forward passes); inputs and outputs of the
+exchanged modules are caught on the way and each operator takes one optimiser step per catch, so that nothing is stored.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dit_suite.caching.block_probe import find_blocks
+from dit_suite.grafting.plan import GraftPlan
+from dit_suite.grafting.surgery import operator_name, operator_places
+from dit_suite.options import Options, option
+
+
+@dataclass(frozen=True)
+class DistillConfig(Options):
+    """Stage 1 of grafting (learning rates and losses of the paper)."""
+
+    attention_loss: str = option("l1", "loss of attention operators", choices=("l1", "l2", "huber"))
+    mlp_loss: str = option("l2", "loss of MLP operators", choices=("l1", "l2", "huber"))
+    delta: float = option(0.1, "where the Huber loss turns linear", minimum=1e-6)
+    attention_lr: float = option(5e-4, "learning rate of attention operators", minimum=0.0)
+    mlp_lr: float = option(1e-3, "learning rate of MLP operators", minimum=0.0)
+    mlp_weight_decay: float = option(1e-5, "weight decay of MLP operators", minimum=0.0)
+    clip: float = option(10.0, "largest gradient norm of one operator", minimum=0.0)
+    seed: int = option(0, "operator of layer l starts from seed + l", minimum=0)
+
+
+def distillation_loss(prediction: torch.Tensor, target: torch.Tensor, kind: str, delta: float = 0.1) -> torch.Tensor:
+    """Mean "l1", "l2" or "huber" loss; huber is half the square for errors below `delta`."""
+    if kind == "l1":
+        return nn.functional.l1_loss(prediction, target)
+    if kind == "l2":
+        return nn.functional.mse_loss(prediction, target)
+    if kind == "huber":
+        return nn.functional.huber_loss(prediction, target, delta=delta)
+    raise ValueError(f"loss must be l1, l2 or huber, got {kind!r}")
+
+
+@dataclass
+class Student:
+    """One operator in training, with its optimiser and the running measure of its error."""
+
+    name: str
+    operator: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: str
+    delta: float = 0.1
+    clip: float = 10.0
+    steps: int = 0
+    error: float = 0.0
+    power: float = 0.0
+    last_loss: float = float("nan")
+
+    def step(self, x: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
+        """One optimiser step on (batch, tokens, width) inputs and targets; returns loss and gradient norm before it."""
+        with torch.enable_grad():
+            prediction = self.operator(x)
+            loss = distillation_loss(prediction, target, self.loss, self.delta)
+            self.optimizer.zero_grad()
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.operator.parameters(), self.clip)
+        self.optimizer.step()
+        squared = float((prediction.detach() - target).square().mean())
+        keep = 0.98 if self.steps else 0.0
+        self.error = keep * self.error + (1 - keep) * squared
+        self.power = keep * self.power + (1 - keep) * float(target.square().mean())
+        self.steps += 1
+        self.last_loss = float(loss.detach())
+        return self.last_loss, float(norm)
+
+    @property
+    def relative_error(self) -> float:
+        """Running ||g - f|| / ||f||."""
+        return (self.error / max(self.power, 1e-30)) ** 0.5
+
+
+class Distiller:
+    """Trains the operators of a grafted model on a teacher that is running.
+
+    with Distiller(pipe.transformer, grafted, plan, DistillConfig()) as distiller:
+        pipe(prompts, ...)
+    print(distiller.report())
+
+    Args:
+        teacher: the original model; it is not changed and gets no gradient.
+        grafted: what `graft` made of it; its exchanged operators are trained in place.
+        plan: the plan it was made with.
+    """
+
+    def __init__(self, teacher: nn.Module, grafted: nn.Module, plan: GraftPlan, config: DistillConfig) -> None:
+        self.config = config
+        blocks = find_blocks(teacher)
+        self.students: dict[tuple[str, int], Student] = {}
+        self._sources: dict[tuple[str, int], nn.Module] = {}
+        for key, place in operator_places(grafted, plan, len(blocks)).items():
+            target, layer = key
+            operator = grafted.get_submodule(place)
+            mlp = target == "mlp"
+            optimizer = torch.optim.AdamW(
+                operator.parameters(),
+                lr=config.mlp_lr if mlp else config.attention_lr,
+                weight_decay=config.mlp_weight_decay if mlp else 0.0,
+            )
+            loss = config.mlp_loss if mlp else config.attention_loss
+            self.students[key] = Student(place, operator, optimizer, loss, config.delta, config.clip)
+            block = blocks[layer].module
+            self._sources[key] = getattr(block, operator_name(block, target))
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> "Distiller":
+        for key, source in self._sources.items():
+            self._handles.append(source.register_forward_hook(self._watch(self.students[key]), with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @staticmethod
+    def _watch(student: Student) -> Any:
+        def learn(module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: torch.Tensor) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            student.step(x.detach(), output.detach())
+
+        return learn
+
+    def report(self) -> list[dict[str, Any]]:
+        """Per operator: name, steps taken, last loss, relative error ||g - f|| / ||f|| (running mean)."""
+        return [
+            {"operator": s.name, "steps": s.steps, "loss": s.last_loss, "relative_error": s.relative_error}
+            for s in self.students.values()
+        ]
+
+    def save(self, path: str | Path, progress: int) -> None:
+        """Writes everything that going on needs; `progress` is the caller's own count (batches done)."""
+        path = Path(path)
+        state = {
+            f"{target}.{layer}": {
+                "operator": s.operator.state_dict(),
+                "optimizer": s.optimizer.state_dict(),
+                "numbers": [s.steps, s.error, s.power, s.last_loss],
+            }
+            for (target, layer), s in self.students.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        torch.save({"progress": progress, "config": self.config.to_dict(), "students": state}, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path: str | Path) -> int:
+        """Takes up a saved state and returns its `progress`.
+
+        Raises:
+            ValueError: it belongs to another plan or config.
+        """
+        saved = torch.load(path, weights_only=True)
+        keys = {f"{target}.{layer}" for target, layer in self.students}
+        if saved["config"] != self.config.to_dict() or set(saved["students"]) != keys:
+            raise ValueError(f"{Path(path).name} belongs to a distillation with another plan or other settings")
+        for (target, layer), student in self.students.items():
+            entry = saved["students"][f"{target}.{layer}"]
+            student.operator.load_state_dict(entry["operator"])
+            student.optimizer.load_state_dict(entry["optimizer"])
+            student.steps, student.error, student.power, student.last_loss = entry["numbers"]
+        return int(saved["progress"])
