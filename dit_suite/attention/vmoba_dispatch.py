@@ -182,6 +182,39 @@ def _backward_of(
     return torch.matmul(scores, key), torch.matmul(scores.transpose(-1, -2), query), grad_value
 
 
+def _expert_batches(
+    pairs: PairLists, boundaries: torch.Tensor, tokens: int, budget: int = 1 << 26
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Chosen experts in batches of equal block length and similar numbers of queries.
+
+    Yields (query rows `(experts, longest)`, which of them are real, key rows `(experts, block length)`); a batch holds
+    at most about `budget` scores.
+    """
+    device = pairs.rows.device
+    blocks = boundaries.shape[0] - 1
+    starts = pairs.counts.cumsum(0) - pairs.counts
+    sizes = boundaries.diff().to(device)
+    for size in sizes.unique().tolist():
+        experts = ((pairs.counts > 0) & (sizes.repeat(pairs.counts.shape[0] // blocks) == size)).nonzero().squeeze(1)
+        experts = experts[pairs.counts[experts].argsort(descending=True, stable=True)]
+        counts = pairs.counts[experts].tolist()
+        first = 0
+        while first < len(counts):
+            longest = counts[first]
+            some = experts[first : first + max(1, budget // (longest * size))]
+            first += some.shape[0]
+            offsets = torch.arange(longest, device=device)
+            real = offsets < pairs.counts[some, None]
+            rows = pairs.rows[(starts[some, None] + offsets).clamp(max=pairs.total - 1)]
+            first_key = some.div(blocks, rounding_mode="floor") * tokens + boundaries.to(device)[some % blocks]
+            yield rows, real, first_key[:, None] + torch.arange(size, device=device)
+
+
+def _prefers_batches(query: torch.Tensor) -> bool:
+    """On an accelerator a few padded batches beat one launch per expert; on CPU exactly the chosen pairs do."""
+    return query.device.type != "cpu"
+
+
 class PairAttention(torch.autograd.Function):
     """Attention over own block and selected pairs; `(batch, heads, tokens, dim)` in block order.
 
@@ -221,6 +254,13 @@ class PairAttention(torch.autograd.Function):
             parts = _backward_of(*(per_head(t, start, stop, size) for t in (q, k, v, g, lse, delta)), ctx.scale)
             for total, part in zip(grads, parts, strict=True):
                 total.view(batch * heads, tokens, dim)[:, start:stop] += part.view(batch * heads, -1, dim)
+        if ctx.pairs.total and _prefers_batches(query):
+            for rows, real, keys in _expert_batches(ctx.pairs, boundaries, tokens):
+                row_lse = lse[rows].masked_fill(~real, float("inf"))  # padding gets zero weight
+                dq, dk, dv = _backward_of(q[rows], k[keys], v[keys], g[rows], row_lse, delta[rows], ctx.scale)
+                for total, index, part in zip(grads, (rows, keys, keys), (dq, dk, dv), strict=True):
+                    total.index_add_(0, index.flatten(), part.flatten(0, 1))
+            return *(total.to(query.dtype).view(ctx.shape) for total in grads), None, None, None
         for chosen, keys in _experts(ctx.pairs, boundaries, tokens):
             rows = ctx.pairs.rows[chosen]
             dq, dk, dv = _backward_of(q[rows], k[keys], v[keys], g[rows], lse[rows], delta[rows], ctx.scale)

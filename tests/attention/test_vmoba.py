@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_suite.attention import selection
+from dit_suite.attention import selection, vmoba_dispatch
 from dit_suite.attention.block_sparse import WorkCounter
 from dit_suite.attention.partition import auto_block, auto_tile, partition
 from dit_suite.attention.vmoba import VMoBAConfig, masked_oracle, transformer_flops, vmoba_attention
@@ -181,10 +181,16 @@ def test_a_sample_does_not_depend_on_its_batch(pool, select):
         assert (whole[i : i + 1] - alone).abs().max() < 1e-6
 
 
-def test_gradients_equal_masked_autograd_and_include_the_lse():
+@pytest.mark.parametrize("budget", [None, 1, 5000])
+def test_gradients_equal_masked_autograd_and_include_the_lse(budget, monkeypatch):
+    if budget is not None:  # the padded batches that accelerators take
+        plain = vmoba_dispatch._expert_batches
+        monkeypatch.setattr(vmoba_dispatch, "_prefers_batches", lambda query: True)
+        monkeypatch.setattr(vmoba_dispatch, "_expert_batches", lambda *args: plain(*args, budget=budget))
     leaves = [t.requires_grad_() for t in _qkv(batch=2, dtype=torch.float64)]
-    config = VMoBAConfig(select="threshold", pool="head_global", tau=0.3, **ONLY_3D)
-    parts = partition(GRID, (2, 3, 3))
+    block = (3, 3, 4)  # does not divide the grid: blocks of several sizes
+    config = VMoBAConfig(select="threshold", pool="head_global", tau=0.3, cycle=(0, 0, 1), block_3d=block)
+    parts = partition(GRID, block)
     with torch.no_grad():
         own = selection.own_block_mask(parts.boundaries)
         mask = selection.select_threshold(_gate(*leaves[:2], parts), own, 0.3, "head_global")
@@ -260,8 +266,6 @@ def test_cpu_path_computes_exactly_the_selected_scores(select, monkeypatch):
     )
     expected = int((mask.sum((0, 1, 3)) * parts.sizes).sum())
     seen = []
-    from dit_suite.attention import vmoba_dispatch
-
     original = vmoba_dispatch.attention_with_lse
 
     def counting(q, k, v, scale=None, mask=None):
