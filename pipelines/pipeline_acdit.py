@@ -7,17 +7,15 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.video_processor import VideoProcessor
-from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
 
 from dit_suite.models.acdit import ACDiTTransformer3DModel
-from dit_suite.schedulers.generators import randn_per_sample
+from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
+from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, initial_noise
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-
-class ACDiTPipeline(DiffusionPipeline):
+class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
     """Denoises one block after another; each sees the finished blocks before it.
 
     Args:
@@ -45,47 +43,13 @@ class ACDiTPipeline(DiffusionPipeline):
         self.video_processor = VideoProcessor(vae_scale_factor=1, do_resize=False)
 
     @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
+    def num_classes(self) -> int:
+        return self.transformer.config.num_classes
 
     @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        """Denoising steps of the whole call, all blocks together."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
-
-    def get_label_ids(self, labels: int | str | list[int | str]) -> list[int]:
-        """Class ids of ids or names.
-
-        Raises:
-            ValueError: a label is unknown.
-        """
-        given = labels if isinstance(labels, (list, tuple)) else [labels]
-        highest = self.transformer.config.num_classes - 1
-        names = {
-            name.strip().lower(): int(key)
-            for key, entry in (self.config.id2label or {}).items()
-            for name in entry.split(",")
-        }
-        found = []
-        for label in given:
-            if isinstance(label, str) and label.strip().lower() in names:
-                label = names[label.strip().lower()]
-            elif isinstance(label, str) and label.strip().isdecimal():
-                label = int(label)
-            if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label <= highest:
-                raise ValueError(f"class_labels must be names or ids between 0 and {highest}, got {label!r}")
-            found.append(label)
-        if not found:
-            raise ValueError("class_labels must name at least one class")
-        return found
+    def null_class(self) -> int | None:
+        """Label that means "no class"; None where the network was trained without label dropout."""
+        return self.transformer.null_label
 
     def check_inputs(
         self,
@@ -107,22 +71,15 @@ class ACDiTPipeline(DiffusionPipeline):
             raise ValueError("this network has no null class, so it can't be guided: set guidance_scale to 1")
         self.transformer.check_block_size(block_size)
         num_blocks = self.transformer.num_tokens // block_size
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators were given for {count} samples")
         shape = self._latent_shape(count)
-        for name, value in (("latents", latents), ("prefix", prefix)):
-            if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"{name} must have the shape {shape}, got {tuple(value.shape)}")
+        self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
+        if prefix is not None and tuple(prefix.shape) != shape:
+            raise ValueError(f"prefix must have the shape {shape}, got {tuple(prefix.shape)}")
         if (prefix is None) != (num_prefix_blocks == 0) or not 0 <= num_prefix_blocks < num_blocks:
             raise ValueError(
                 f"prefix and num_prefix_blocks (1 to {num_blocks - 1}) go together, got num_prefix_blocks="
                 f"{num_prefix_blocks}"
             )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
         if self.scheduler.config.get("prediction_type", "epsilon") != "epsilon":
             raise ValueError("ACDiT predicts the noise: make the scheduler with prediction_type='epsilon'")
 
@@ -139,11 +96,7 @@ class ACDiTPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Initial noise of all blocks `(batch, channels, frames, height, width)`; row i comes from generator i."""
         if latents is None:
-            if isinstance(generator, list):
-                latents = randn_per_sample(shape[1:], generator, device)
-            else:
-                source = generator.device if generator is not None else device
-                latents = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
+            latents = initial_noise(shape, device, generator)
         return latents.to(device=device, dtype=torch.float32)
 
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
@@ -216,9 +169,7 @@ class ACDiTPipeline(DiffusionPipeline):
             >>> pipe = dit_suite.load_pipeline("my-acdit")
             >>> pipe([3, 7], num_inference_steps=25).images[0].save("sample.png")
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids = self.get_label_ids(class_labels)
         block_size = block_size or self.transformer.config.block_size
         self.check_inputs(

@@ -1,7 +1,6 @@
 """Class to image with any network of the DiT interface: `DiTModel`, Switch-DiT, and diffusers' own DiT class."""
 
 import contextlib
-import difflib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +24,12 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 
 from dit_suite.models.dit import DiTModel
 from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
+from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, initial_noise
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
-from dit_suite.schedulers.generators import randn_per_sample
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def read_labels(path: str | Path) -> dict[str, str]:
@@ -49,7 +47,7 @@ def read_labels(path: str | Path) -> dict[str, str]:
     return table
 
 
-class ClassToImagePipeline(DiffusionPipeline):
+class ClassToImagePipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
     """Generates pictures of classes, in pixel space (no `vae`) or in the latent space of any diffusers VAE.
 
     Args:
@@ -98,46 +96,6 @@ class ClassToImagePipeline(DiffusionPipeline):
         """Label that means "no class" for guidance; None where the network was trained without label dropout."""
         return self.num_classes if self.transformer.config.get("class_dropout_prob", 0.1) > 0 else None
 
-    @property
-    def labels(self) -> dict[str, tuple[int, ...]]:
-        """Class ids by name (lower case). A few ImageNet names belong to two classes."""
-        found: dict[str, tuple[int, ...]] = {}
-        for key, names in (self.config.id2label or {}).items():
-            for name in names.split(","):
-                name = name.strip().lower()
-                found[name] = (*found.get(name, ()), int(key))
-        return found
-
-    def get_label_ids(self, labels: int | str | list[int | str]) -> list[int]:
-        """Class ids of names or ids.
-
-        Raises:
-            ValueError: a name is unknown or belongs to several classes, or an id is out of range.
-        """
-        given = labels if isinstance(labels, (list, tuple)) else [labels]
-        if not given:
-            raise ValueError("class_labels must name at least one class")
-        return [self._label_id(label) for label in given]
-
-    def _label_id(self, label: int | str) -> int:
-        names = self.labels
-        if isinstance(label, str) and label.strip().lower() in names:
-            ids = names[label.strip().lower()]
-            if len(ids) > 1:
-                raise ValueError(f"{label!r} is the name of the classes {', '.join(map(str, ids))}: give the id")
-            return ids[0]
-        if isinstance(label, str) and not label.strip().isdecimal():
-            close = difflib.get_close_matches(label.strip().lower(), names, n=3)
-            hint = f"; close names: {', '.join(close)}" if close else "" if names else "; this model has no names"
-            raise ValueError(f"there is no class {label!r}{hint}")
-        if isinstance(label, bool) or not isinstance(label, (int, str)):
-            raise ValueError(f"class_labels must be ids or names, got {label!r}")
-        value = int(label)
-        highest = self.num_classes if self.null_class is not None else self.num_classes - 1
-        if not 0 <= value <= highest:
-            raise ValueError(f"class_labels must lie between 0 and {self.num_classes - 1}, got {value}")
-        return value
-
     def check_inputs(
         self,
         count: int,
@@ -165,21 +123,13 @@ class ClassToImagePipeline(DiffusionPipeline):
                 raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
         if height != width and isinstance(self.transformer, DiTTransformer2DModel):
             raise ValueError(f"diffusers' DiT class makes square pictures only, got {height}x{width}")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators were given for {count} pictures")
         shape = self._latent_shape(count, height, width)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
         if self.vae is None and config.in_channels not in (1, 3) and output_type != "latent":
             raise ValueError(
                 f"this network makes latents of {config.in_channels} channels and the pipeline has no vae: "
                 "add one, or ask for output_type='latent'"
             )
-        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
         check_scheduler(self.scheduler, self.config.prediction_type)
         if self._wants_variance() and self._output_channels() != 2 * config.in_channels:
             raise ValueError("the scheduler expects a learned variance, which this network does not predict")
@@ -204,11 +154,7 @@ class ClassToImagePipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Initial noise `shape` in float32, scaled for the scheduler; a list draws row i from generator i."""
         if latents is None:
-            if isinstance(generator, list):
-                latents = randn_per_sample(shape[1:], generator, device)
-            else:
-                source = generator.device if generator is not None else device
-                latents = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
+            latents = initial_noise(shape, device, generator)
         latents = latents.to(device=device, dtype=torch.float32)
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
@@ -253,20 +199,8 @@ class ClassToImagePipeline(DiffusionPipeline):
         return output if self._wants_variance() else output[:, :channels]
 
     @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
     def do_classifier_free_guidance(self) -> bool:
         return self._guidance_scale > 1.0 and self.null_class is not None
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -315,9 +249,7 @@ class ClassToImagePipeline(DiffusionPipeline):
             >>> pipe = dit_suite.load_pipeline("my-dit")
             >>> pipe(["golden retriever", 207], num_inference_steps=50).images[0].save("dog.png")
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids = self.get_label_ids(class_labels)
         height = height or self._default_size()
         width = width or self._default_size()

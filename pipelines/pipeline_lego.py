@@ -9,12 +9,11 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 
 from dit_suite.models.lego import LegoTransformer2DModel
+from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, initial_noise
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
-from dit_suite.schedulers.generators import randn_per_sample
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DIRECTIONS = ("auto", "early", "late")
 CANVASES = ("auto", "grid", "overlap")
 DEFAULT_GUIDANCE = 1.5
@@ -39,7 +38,7 @@ def window_weights(window: int, device: torch.device, dtype: torch.dtype) -> tor
     return ramp[:, None] * ramp[None]
 
 
-class LegoPipeline(DiffusionPipeline):
+class LegoPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
     """Generates pictures of classes, or without condition, on any canvas.
 
     Args:
@@ -72,40 +71,9 @@ class LegoPipeline(DiffusionPipeline):
         return self.transformer.config.num_classes
 
     @property
-    def labels(self) -> dict[str, int]:
-        """Class ids by name (lower case); the first class of a name that several share."""
-        found: dict[str, int] = {}
-        for key, names in (self.config.id2label or {}).items():
-            for name in names.split(","):
-                found.setdefault(name.strip().lower(), int(key))
-        return found
-
-    def get_label_ids(self, labels: int | str | list[int | str | None] | None) -> list[int]:
-        """Class ids of names or ids; None is the null class.
-
-        Raises:
-            ValueError: a name is unknown, an id is out of range, or the network has no classes.
-        """
-        given = labels if isinstance(labels, (list, tuple)) else [labels]
-        if not given:
-            raise ValueError("class_labels must name at least one class")
-        return [self._label_id(label) for label in given]
-
-    def _label_id(self, label: int | str | None) -> int:
-        if label is None:
-            return self.num_classes
-        if not self.num_classes:
-            raise ValueError(f"this network is unconditional: class_labels must be None, got {label!r}")
-        if isinstance(label, bool) or not isinstance(label, (int, str)):
-            raise ValueError(f"class_labels must be ids or names, got {label!r}")
-        if isinstance(label, str) and label.strip().lower() in self.labels:
-            return self.labels[label.strip().lower()]
-        if isinstance(label, str) and not label.strip().isdecimal():
-            known = ", ".join(sorted(self.labels)[:8]) or "none"
-            raise ValueError(f"there is no class {label!r}; some names: {known}")
-        if not 0 <= int(label) <= self.num_classes:
-            raise ValueError(f"class_labels must lie between 0 and {self.num_classes - 1}, got {label}")
-        return int(label)
+    def null_class(self) -> int:
+        """Label that means "no class"."""
+        return self.num_classes
 
     def resolve_skip(self, t_break: float, skip_direction: str) -> str:
         """The direction of skipping; raises `ValueError` where the stack does not say and the caller did not."""
@@ -161,18 +129,10 @@ class LegoPipeline(DiffusionPipeline):
         for name, value in (("height", height), ("width", width)):
             if value % self.vae_scale_factor:
                 raise ValueError(f"{name} must be a multiple of {self.vae_scale_factor}, got {value}")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators were given for {count} pictures")
         shape = self._latent_shape(count, height, width)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
         if self.vae is None and self.transformer.config.in_channels not in (1, 3) and output_type != "latent":
             raise ValueError("this network makes latents and the pipeline has no vae: ask for output_type='latent'")
-        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
 
     def _latent_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
         factor = self.vae_scale_factor
@@ -188,11 +148,7 @@ class LegoPipeline(DiffusionPipeline):
         """Initial state `shape`: unit noise (a list draws row i from generator i) times the largest noise level, in
         float64 where the device has it, as EDM's sampler keeps it."""
         if latents is None:
-            if isinstance(generator, list):
-                latents = randn_per_sample(shape[1:], generator, device)
-            else:
-                source = generator.device if generator is not None else device
-                latents = torch.randn(shape, generator=generator, device=source, dtype=torch.float32)
+            latents = initial_noise(shape, device, generator)
         precision = torch.float32 if device.type == "mps" else torch.float64
         return latents.to(device=device, dtype=precision) * self.scheduler.init_noise_sigma
 
@@ -243,20 +199,8 @@ class LegoPipeline(DiffusionPipeline):
         return guide(halves[0], halves[1], self._guidance_scale)
 
     @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
     def do_classifier_free_guidance(self) -> bool:
         return self._guidance_scale > 1.0 and self.num_classes > 0
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -312,9 +256,7 @@ class LegoPipeline(DiffusionPipeline):
             >>> pipe([3, 5], t_break=0.4).images[0].save("picture.png")
             >>> pipe(3, height=64, width=160).images[0].save("panorama.png")
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         ids = self.get_label_ids(class_labels)

@@ -9,17 +9,26 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.video_processor import VideoProcessor
-from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
 from PIL import Image
 
+from dit_suite.metadata import write_png
 from dit_suite.models.nfd import NFDTransformer3DModel
+from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
+from dit_suite.pipelines.sampling_mixins import SamplingMixin
 from dit_suite.schedulers.frame_sampler import FrameNoise, FrameSampler, FrameSamplerOptions
 from dit_suite.schedulers.speculative import SpeculativeOptions, SpeculativeSampler
 from dit_suite.schedulers.trigflow import FrameFlowScheduler, TrigFlowScheduler
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 START_FRAMES = "start_frames.png"
 _SEED_LIMIT = 2**62
+
+
+def write_start_frames(frames: np.ndarray, folder: str | Path) -> Path:
+    """Puts frames `(count, height, width, 3)` uint8 side by side into `start_frames.png` of a checkpoint's folder."""
+    path = Path(folder) / START_FRAMES
+    sheet = Image.fromarray(np.concatenate(list(frames), axis=1))
+    write_png(sheet, path, None)
+    return path
 
 
 class _GivenNoise(FrameNoise):
@@ -35,7 +44,7 @@ class _GivenNoise(FrameNoise):
         return given if not missing else torch.cat([given, super().initial(first + count - missing, missing)], dim=2)
 
 
-class NFDPipeline(DiffusionPipeline):
+class NFDPipeline(SamplingMixin, DiffusionPipeline):
     """Samples a clip frame by frame, one action per frame.
 
     Args:
@@ -71,18 +80,9 @@ class NFDPipeline(DiffusionPipeline):
         self.video_processor = VideoProcessor(vae_scale_factor=1, do_resize=False)
 
     @property
-    def num_timesteps(self) -> int:
-        """Frames that the present call generates."""
-        return self._num_timesteps
-
-    @property
     def guidance_scale(self) -> float:
         """These models are not guided."""
         return 1.0
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     def start_frames(self) -> torch.Tensor | None:
         """Start frames that come with the checkpoint, `(count, 3, height, width)` in [-1, 1], or None.
@@ -134,18 +134,10 @@ class NFDPipeline(DiffusionPipeline):
         config = self.transformer.config
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"{len(generator)} generators were given for {count} clips")
         shape = (count, config.in_channels, num_frames, config.sample_height, config.sample_width)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
+        self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
         if image is not None and image.shape[0] not in (1, count):
             raise ValueError(f"{image.shape[0]} start images were given for {count} clips")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
 
     def _start(self, image: Any, start_frame: int | None) -> torch.Tensor | None:
         """Given frames `(batch, 3, frames, height, width)` in [-1, 1]."""
@@ -249,9 +241,7 @@ class NFDPipeline(DiffusionPipeline):
             >>> pipe = dit_suite.load_pipeline("moving-square-nfd")
             >>> clip = pipe([["right"] * 4 + ["down"] * 4], start_frame=0).frames[0]
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         vectors = self.action_vectors(actions)
         start = self._start(image, start_frame)
         if start is None:

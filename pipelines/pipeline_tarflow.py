@@ -1,6 +1,5 @@
 """Class to image with a TarFlow: noise is carried through the inverse of every block by the GS-Jacobi scheduler."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,10 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 
 from dit_suite.models.tarflow import TarFlowModel
-from dit_suite.schedulers.generators import randn_per_sample
+from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, initial_noise
 from dit_suite.schedulers.gs_jacobi import BlockStrategy, BlockTrace, FlowGuidance, GSJacobiScheduler
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 STRATEGIES = ("planned", "sequential", "jacobi", "gauss-seidel")
 DENOISE_ROWS = 16
 
@@ -34,7 +32,7 @@ class TarFlowPipelineOutput(BaseOutput):
     blocks: list[BlockTrace]
 
 
-class TarFlowPipeline(DiffusionPipeline):
+class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
     """Generates pictures of classes with a normalizing flow on pixels.
 
     Args:
@@ -60,39 +58,9 @@ class TarFlowPipeline(DiffusionPipeline):
         return self.transformer.config.num_classes
 
     @property
-    def labels(self) -> dict[str, int]:
-        """Class ids by name (lower case)."""
-        return {name.strip().lower(): int(key) for key, name in (self.config.id2label or {}).items()}
-
-    def get_label_ids(self, labels: int | str | None | list[int | str | None]) -> list[int]:
-        """Class ids of names or ids; -1 for None ("no class").
-
-        Raises:
-            ValueError: a name is unknown, or an id is out of range.
-        """
-        given = list(labels) if isinstance(labels, (list, tuple)) else [labels]
-        if not given:
-            raise ValueError("class_labels must name at least one class")
-        return [self._label_id(label) for label in given]
-
-    def _label_id(self, label: int | str | None) -> int:
-        if label is None:
-            return -1
-        names = self.labels
-        if isinstance(label, str) and label.strip().lower() in names:
-            return names[label.strip().lower()]
-        if isinstance(label, str) and not label.strip().isdecimal():
-            close = difflib.get_close_matches(label.strip().lower(), names, n=3)
-            hint = f"; close names: {', '.join(close)}" if close else "" if names else "; this model has no names"
-            raise ValueError(f"there is no class {label!r}{hint}")
-        if isinstance(label, bool) or not isinstance(label, (int, str)):
-            raise ValueError(f"class_labels must be ids or names, got {label!r}")
-        if self.num_classes == 0:
-            raise ValueError(f"this model has no classes: class_labels must be None, got {label!r}")
-        value = int(label)
-        if not 0 <= value < self.num_classes:
-            raise ValueError(f"class_labels must lie between 0 and {self.num_classes - 1}, got {value}")
-        return value
+    def null_class(self) -> int:
+        """Label that means "no class"."""
+        return -1
 
     def check_inputs(
         self,
@@ -119,16 +87,8 @@ class TarFlowPipeline(DiffusionPipeline):
             raise ValueError(f"sweeps and modules must be at least 1, got {sweeps} and {modules}")
         if not tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
-        if isinstance(generator, list) and len(generator) != total:
-            raise ValueError(f"{len(generator)} generators were given for {total} pictures")
         shape = self._latent_shape(total)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
+        self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
 
     def _latent_shape(self, total: int) -> tuple[int, int, int, int]:
         config = self.transformer.config
@@ -143,11 +103,7 @@ class TarFlowPipeline(DiffusionPipeline):
     ) -> torch.Tensor:
         """Float32 noise `(batch, channels, side, side)`; a list of generators draws row i from generator i."""
         if latents is None:
-            if isinstance(generator, list):
-                latents = randn_per_sample(shape[1:], generator, device)
-            else:
-                noise_device = generator.device if generator is not None else device
-                latents = torch.randn(shape, generator=generator, device=noise_device, dtype=torch.float32)
+            latents = initial_noise(shape, device, generator)
         return latents.to(device=device, dtype=torch.float32)
 
     def block_strategies(self, strategy: str, sweeps: int, modules: int) -> list[BlockStrategy]:
@@ -173,22 +129,6 @@ class TarFlowPipeline(DiffusionPipeline):
             labels = None if class_labels is None else class_labels[rows]
             parts.append(self.transformer.denoise(latents[rows], labels, denoise_strength))
         return torch.cat(parts)
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -237,9 +177,7 @@ class TarFlowPipeline(DiffusionPipeline):
             ValueError: an argument is out of range or does not fit the model.
             FloatingPointError: a block overflowed (guidance too strong).
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids = [label for label in self.get_label_ids(class_labels) for _ in range(num_images_per_prompt)]
         total = len(ids)
         self.check_inputs(

@@ -19,15 +19,14 @@ from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
 from dit_suite.models.pt_dit import PTDiTTransformer3DModel
+from dit_suite.pipelines.sampling_mixins import SamplingMixin, initial_noise
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
-from dit_suite.schedulers.generators import randn_per_sample
 from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class TextToImagePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+class TextToImagePipeline(SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     """Generates pictures from text, in pixel space (no `vae`) or in the latent space of any diffusers VAE.
 
     Args:
@@ -128,16 +127,8 @@ class TextToImagePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             if value < multiple or value % multiple:
                 raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
         total = count * num_images_per_prompt
-        if isinstance(generator, list) and len(generator) != total:
-            raise ValueError(f"{len(generator)} generators were given for {total} pictures")
         shape = self._latent_shape(total, height, width)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
+        self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
         check_scheduler(self.scheduler, self.config.prediction_type)
         return total
 
@@ -169,11 +160,7 @@ class TextToImagePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     ) -> torch.Tensor:
         """Initial noise `shape`, scaled for the scheduler; a list of generators draws row i from generator i."""
         if latents is None:
-            if isinstance(generator, list):
-                latents = randn_per_sample(shape[1:], generator, device, dtype)
-            else:
-                noise_device = generator.device if generator is not None else device
-                latents = torch.randn(shape, generator=generator, device=noise_device, dtype=torch.float32)
+            latents = initial_noise(shape, device, generator)
         latents = latents.to(device=device, dtype=dtype)
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
@@ -220,22 +207,6 @@ class TextToImagePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             prediction = halves[0] + guidance_scale * (halves[1] - halves[0])
         # Networks trained with a learned variance put it into a second half of the channels.
         return prediction[:, : latents.shape[1]]
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
 
     @torch.no_grad()
     def __call__(
@@ -285,9 +256,7 @@ class TextToImagePipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             >>> pipe = dit_suite.load_pipeline("emoji-pixart-64")
             >>> pipe("red apple, flat style", generator=torch.Generator().manual_seed(0)).images[0].save("apple.png")
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height = height or self._default_size()
         width = width or self._default_size()
         total = self.check_inputs(

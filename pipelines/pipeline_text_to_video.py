@@ -12,14 +12,12 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from diffusers.video_processor import VideoProcessor
 
 from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
+from dit_suite.pipelines.sampling_mixins import SamplingMixin, initial_noise
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
-from dit_suite.schedulers.generators import randn_per_sample
 from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-
-class TextToVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
+class TextToVideoPipeline(SamplingMixin, DiffusionPipeline, WanLoraLoaderMixin):
     """Generates clips from text.
 
     Args:
@@ -130,16 +128,8 @@ class TextToVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         total = count * num_videos_per_prompt
         if image is not None:
             self._check_image(image, total)
-        if isinstance(generator, list) and len(generator) != total:
-            raise ValueError(f"{len(generator)} generators were given for {total} clips")
         shape = self._latent_shape(total, num_frames, height, width)
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have the shape {shape}, got {tuple(latents.shape)}")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
+        self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
         check_scheduler(self.scheduler, self.config.prediction_type)
         return total
 
@@ -197,11 +187,7 @@ class TextToVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
     ) -> torch.Tensor:
         """Initial noise `shape` in float32, scaled for the scheduler; row i comes from generator i of a list."""
         if latents is None:
-            if isinstance(generator, list):
-                latents = randn_per_sample(shape[1:], generator, device, torch.float32)
-            else:
-                noise_device = generator.device if generator is not None else device
-                latents = torch.randn(shape, generator=generator, device=noise_device, dtype=torch.float32)
+            latents = initial_noise(shape, device, generator)
         return latents.to(device=device, dtype=torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def prepare_image_condition(
@@ -270,22 +256,6 @@ class TextToVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         halves = outputs["batched"].chunk(2) if "batched" in outputs else (outputs["uncond"], outputs["cond"])
         return halves[0] + guidance_scale * (halves[1] - halves[0])
 
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        return self._guidance_scale > 1.0
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
-
     @torch.no_grad()
     def __call__(
         self,
@@ -341,9 +311,7 @@ class TextToVideoPipeline(DiffusionPipeline, WanLoraLoaderMixin):
         Raises:
             ValueError: an argument can't be used; the sentence says which and why.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        callback_inputs = callback_on_step_end_tensor_inputs or ["latents"]
+        callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         default = self.config.sample_size
         num_frames, height, width = num_frames or default[0], height or default[1], width or default[2]
         if fps < 1:

@@ -121,7 +121,7 @@ def test_outputs_and_clips(pipe):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": ("bird",)}, "class_labels must be names or ids between 0 and 2"),
+        ({"labels": ("bird",)}, "there is no class .bird."),
         ({"steps": 0}, "num_inference_steps"),
         ({"block_size": 3}, "do not divide"),
         ({"output_type": "gif"}, "output_type"),

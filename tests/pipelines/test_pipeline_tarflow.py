@@ -133,7 +133,7 @@ def test_labels_by_name_and_unconditional_models():
     assert np.abs(none - by_name).max() > 1e-4
     free = tiny_pipe(num_classes=0)
     assert free(num_images_per_prompt=2, output_type="np").images.shape == (2, 6, 6, 3)
-    with pytest.raises(ValueError, match="no classes"):
+    with pytest.raises(ValueError, match="unconditional: class_labels must be None"):
         free([1])
 
 

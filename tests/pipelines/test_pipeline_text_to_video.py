@@ -143,7 +143,7 @@ def test_callback_can_replace_and_interrupt(pipe):
         ({"prompt": "a", "prompt_embeds": None}, "no text encoder"),
         ({"height": 7}, "height must be a positive multiple of 2, got 7"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
-        ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1 clips"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1 samples"),
         ({"latents": torch.zeros(1, 3, 4, 8, 8)}, "latents must have the shape"),
         ({"output_type": "gif"}, "output_type must be one of"),
         ({"fps": 0}, "fps must be at least 1"),

@@ -225,7 +225,7 @@ def test_wrong_scheduler_is_refused(scheduler, message):
         ({"height": 9}, "height must be a positive multiple of 2, got 9"),
         ({"output_type": "jpeg"}, "output_type must be one of"),
         ({"negative_prompt": ["a", "b"]}, "2 entries for 1 prompts"),
-        ({"generator": sample_generators(0, range(3))}, "3 generators were given for 1 pictures"),
+        ({"generator": sample_generators(0, range(3))}, "3 generators were given for 1 samples"),
         ({"latents": torch.zeros(1, 3, 4, 4)}, "latents must have the shape"),
         ({"callback_on_step_end_tensor_inputs": ["mask"]}, "not mask"),
     ],
