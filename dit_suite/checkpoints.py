@@ -181,6 +181,8 @@ def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None)
 
     model_index = _read_model_index(checkpoint.folder)
     resolve(checkpoint.technique.model)
+    if str(_component_class(model_index, "transformer")).startswith("Grafted"):
+        resolve("dit_suite.grafting.models:graft")
     given: dict[str, Any] = {}
     source = model_index.get("text_encoder_source")
     if source and _component_class(model_index, "text_encoder") is None:

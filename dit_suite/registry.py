@@ -89,6 +89,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         bundled="emoji-pixart-64",
         accelerations=("bac",),
         aliases=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
+        also_runs=("GraftedPixArtTransformer2DModel",),
     ),
     Technique(
         name="dit",
@@ -98,7 +99,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         pipeline="dit_suite.pipelines.pipeline_class_to_image:ClassToImagePipeline",
         options="dit_suite.call_options:ClassToImageOptions",
         aliases=("DiTPipeline",),
-        also_runs=("DiTTransformer2DModel", "Transformer2DModel"),
+        also_runs=("DiTTransformer2DModel", "Transformer2DModel", "GraftedDiTModel"),
     ),
     Technique(
         name="tarflow",
