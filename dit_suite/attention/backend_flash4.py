@@ -1,4 +1,4 @@
-"""Block-sparse attention on flash-attn-4 (optional extra, CUDA, Hopper and newer).
+"""Block-sparse attention on flash-attn-4 (optional extra, CUDA, Hopper).
 
 flash-attn-4 is a beta: the extra pins one exact version. It walks a row's table from the last entry to the first and
 masks the sequence tail on the entry it starts with only, so tables have to be ascending (they are, by contract).
@@ -26,9 +26,10 @@ def flash4_unavailable(query: torch.Tensor, key: torch.Tensor, block_size: int, 
     if query.device.type != "cuda":
         return f"flash-attn-4 runs on CUDA, the tensors are on {query.device.type}"
     if not _installed():
-        return "flash-attn-4 is not installed (pip install 'dit_suite[flash4]')"
-    if torch.cuda.get_device_capability(query.device)[0] < 9:
-        return "flash-attn-4 block sparsity needs compute capability 9.0 or newer"
+        return "flash-attn-4 is not installed (pip install 'dit-suite[flash-attn-4]')"
+    if torch.cuda.get_device_capability(query.device)[0] != 9:
+        # Blackwell's kernel works on pairs of query tiles and refuses query blocks of 128 tokens.
+        return "flash-attn-4 takes 128-token query blocks on compute capability 9.x only"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"flash-attn-4 takes float16 or bfloat16, got {query.dtype}"
     if block_size != _BLOCK or query.shape[-1] not in _HEAD_DIMS:

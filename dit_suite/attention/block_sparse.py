@@ -48,7 +48,7 @@ def block_count(length: int, block_size: int) -> int:
 def choose_backend(query: torch.Tensor, key: torch.Tensor, block_size: int) -> BackendChoice:
     """The fastest backend that can run these tensors: flash-attn-4, compiled flex, else grouped gather.
 
-    flash-attn-4 needs Hopper or newer, half precision, 128-token blocks and no gradient. Compiled flex is the built-in
+    flash-attn-4 needs Hopper, half precision, 128-token blocks and no gradient. Compiled flex is the built-in
     path on CUDA. Everywhere else (CPU, MPS, CUDA without a compiler) the grouped gather really skips blocks.
     """
     passed_over = []

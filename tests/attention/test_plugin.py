@@ -5,6 +5,7 @@ import threading
 import warnings
 from unittest.mock import patch
 
+import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,26 @@ def test_adaspa_with_a_full_budget_equals_dense(name, order):
     assert stats["density"] == pytest.approx(1.0)
     for out in outs:
         assert (out - dense).abs().max() <= 1e-4 * max(1.0, dense.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "layers"),
+    [
+        ("SkyReelsV2Transformer3DModel", {}, 3),
+        ("WanVACETransformer3DModel", {"vace_layers": [0, 2], "vace_in_channels": 8}, 5),
+    ],
+)
+def test_relatives_of_wan(name, changes, layers):
+    torch.manual_seed(0)
+    model = getattr(diffusers, name)(**dict(tiny_models.wan().config), **changes).eval()
+    given = tiny_models.wan_inputs(2)
+    if "vace_layers" in changes:
+        given["control_hidden_states"] = torch.randn(2, 8, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    dense = forward(model, given)
+    with apply_adaspa(model, AdaSpaConfig(sparsity=0.0, **SEARCH_AT_0)) as handle:
+        out = _run_steps(model, given, range(2))[1]
+        assert handle.stats()["sparse_calls"] == layers
+    assert (out - dense).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", NAMES)
