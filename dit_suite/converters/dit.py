@@ -5,6 +5,7 @@ table of the official file is compared with the computed one and then dropped; e
 """
 
 import argparse
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -228,17 +229,27 @@ def _stock_folder(source: Path) -> tuple[Path, dict[str, Any]]:
     return files[0], DiTModel.load_config(folder)
 
 
+def _stock_labels(source: Path) -> dict[str, str] | None:
+    """Class names that a pipeline folder carries."""
+    path = source / "model_index.json"
+    return json.loads(path.read_text("utf-8")).get("id2label") if path.is_file() else None
+
+
 def convert(source: Path, arguments: argparse.Namespace) -> Any:
-    """Builds the `ClassToImagePipeline` of an official file, or of a folder with diffusers' DiT class."""
+    """Builds the `ClassToImagePipeline` of an official file, or of a folder with diffusers' DiT class, whose VAE and
+    class names come along."""
     from dit_suite.pipelines.pipeline_class_to_image import ClassToImagePipeline, read_labels
 
-    heads, sample_size = arguments.num_heads, arguments.sample_size
+    heads, sample_size, vae_folder = arguments.num_heads, arguments.sample_size, arguments.vae
+    labels = read_labels(arguments.labels) if arguments.labels else None
     if source.is_dir():
+        labels = labels or _stock_labels(source)
+        if vae_folder is None and (source / "vae").is_dir():
+            vae_folder = source / "vae"
         source, config = _stock_folder(source)
         heads = heads or config.get("num_attention_heads")
         sample_size = sample_size or config.get("sample_size")
     learn_sigma = not arguments.no_learn_sigma
-    labels = read_labels(arguments.labels) if arguments.labels else None
     model = build_model(
         read_checkpoint(source),
         num_heads=heads,
@@ -246,6 +257,6 @@ def convert(source: Path, arguments: argparse.Namespace) -> Any:
         class_dropout_prob=0.0 if arguments.no_null_class else 0.1,
         learn_sigma=learn_sigma,
     )
-    vae = AutoencoderKL.from_pretrained(arguments.vae) if arguments.vae else None
+    vae = AutoencoderKL.from_pretrained(vae_folder, local_files_only=True) if vae_folder else None
     scheduler = make_scheduler(arguments.sampler, arguments.noise_schedule, learn_sigma)
     return ClassToImagePipeline(transformer=model, scheduler=scheduler, vae=vae, id2label=labels)

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import save_file
 
 import dit_suite
 from dit_suite.converters import ConversionError, discover, read_checkpoint
 from dit_suite.golden import read_fixture, section
+from tests.tiny import tiny_vae
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +85,36 @@ def test_labels_sampler_and_schedule_are_saved(weights: dict, tmp_path: Path) ->
     assert pipe.scheduler.config.variance_type == "learned_range"
     assert pipe.scheduler.config.beta_schedule == "squaredcos_cap_v2"
     assert pipe("tench", 2, output_type="latent").images.isfinite().all()
+
+
+def test_a_folder_of_diffusers_own_class_gets_official_numbers(tmp_path: Path) -> None:
+    """Weights that diffusers runs with shifted frequencies run here with the official ones."""
+    torch.manual_seed(0)
+    stock = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        num_embeds_ada_norm=4,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in stock.named_parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape))
+            if "norm1.emb" in name:
+                parameter.copy_(dict(stock.named_parameters())[name.replace("blocks.1", "blocks.0")])
+    DiTPipeline(stock, tiny_vae(), DDIMScheduler()).save_pretrained(tmp_path / "stock")
+    index = json.loads((tmp_path / "stock" / "model_index.json").read_text())
+    index["id2label"] = {"1": "goldfish"}
+    (tmp_path / "stock" / "model_index.json").write_text(json.dumps(index))
+
+    assert main(["--from", "dit", str(tmp_path / "stock"), str(tmp_path / "out")]) == 0
+    pipe = dit_suite.load_pipeline(tmp_path / "out")
+    assert pipe.vae is not None and pipe.get_label_ids("goldfish") == [1]
+    x, t, y = torch.randn(2, 4, 8, 8), torch.tensor([500, 999]), torch.tensor([1, 4])
+    with torch.no_grad():
+        ours, theirs = pipe.transformer(x, t, y).sample, stock(x, t, y).sample
+        assert (ours - theirs).abs().max() > 1e-2
+        for block in stock.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+            block.norm3.eps = 1e-6
+        torch.testing.assert_close(ours, stock(x, t, y).sample, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "position"])
