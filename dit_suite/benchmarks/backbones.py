@@ -1,8 +1,8 @@
 """Backbones: PT-DiT, Switch-DiT and LEGO beside dense twins of the same width: parameters, FLOPs, seconds per pass.
 
 FLOPs come from torch's counter on the meta device, where attention is two batched products (`attention_gflops`) and
-everything else is linear layers. Times are medians over interleaved pairs (baseline, technique) in one run, so that a
-busy machine slows both alike; `speedup` is the median ratio of wall times and `cpu_speedup` of CPU times. Weights are
+everything else is linear layers. Times are medians over rounds that run baseline and technique in turn, so that a busy
+machine slows both alike; `speedup` is the median ratio of wall times and `cpu_speedup` of CPU times. Weights are
 random: none of this depends on them.
 """
 
@@ -46,8 +46,8 @@ def count_flops(make: Callable[[], Any]) -> tuple[float, float]:
     return attention / GIGA, sum(counts.values()) / GIGA
 
 
-def paired(baseline: Callable[[], Any], technique: Callable[[], Any], pairs: int, device: str) -> dict[str, float]:
-    """Median seconds of both and the median ratios baseline / technique over interleaved pairs, after a warm-up."""
+def interleaved(calls: list[Callable[[], Any]], rounds: int, device: str) -> list[list[tuple[float, float]]]:
+    """(wall, CPU) seconds of every call in every round, after a warm-up; the order turns from round to round."""
 
     def timed(call: Callable[[], Any]) -> tuple[float, float]:
         if device != "cpu":
@@ -58,14 +58,34 @@ def paired(baseline: Callable[[], Any], technique: Callable[[], Any], pairs: int
             torch.cuda.synchronize()
         return time.perf_counter() - wall, time.process_time() - cpu
 
-    timed(baseline), timed(technique)
-    times = [(timed(baseline), timed(technique)) for _ in range(pairs)]
+    times: list[list[tuple[float, float]]] = [[] for _ in calls]
+    for call in calls:
+        timed(call)
+    for turn in range(rounds):
+        for place in range(len(calls)):
+            index = (place + turn) % len(calls)
+            times[index].append(timed(calls[index]))
+    return times
+
+
+def ratio(baseline: list[tuple[float, float]], technique: list[tuple[float, float]], clock: int) -> float:
+    """Median of baseline / technique over rounds; clock 0 is wall time, 1 CPU time."""
+    return statistics.median(base[clock] / ours[clock] for base, ours in zip(baseline, technique, strict=True))
+
+
+def summary(baseline: list[tuple[float, float]], technique: list[tuple[float, float]]) -> dict[str, float]:
+    """Median seconds of both and the median ratios."""
     return {
-        "baseline_s": statistics.median(base[0] for base, _ in times),
-        "seconds": statistics.median(ours[0] for _, ours in times),
-        "speedup": statistics.median(base[0] / ours[0] for base, ours in times),
-        "cpu_speedup": statistics.median(base[1] / ours[1] for base, ours in times),
+        "baseline_s": statistics.median(wall for wall, _ in baseline),
+        "seconds": statistics.median(wall for wall, _ in technique),
+        "speedup": ratio(baseline, technique, 0),
+        "cpu_speedup": ratio(baseline, technique, 1),
     }
+
+
+def paired(baseline: Callable[[], Any], technique: Callable[[], Any], pairs: int, device: str) -> dict[str, float]:
+    """`summary` of two calls timed in turn."""
+    return summary(*interleaved([baseline, technique], pairs, device))
 
 
 def millions(model: torch.nn.Module) -> float:
@@ -242,7 +262,7 @@ def lego_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     heads = {"num_attention_heads": 5, "attention_head_dim": 32, "sample_size": 64, "in_channels": 3, "num_classes": 49}
     bricks = {"brick_sizes": (8, 16, 64), "patch_sizes": (4, 8, 4), "brick_depths": (1, 1, 5)}
     dit = {"patch_size": 4, "num_layers": 7, "learn_sigma": False, "routing": "none"}
-    steps, batch = 10, 2
+    steps, batch = 8, 1
     evaluations = 2 * steps - 1
 
     def pass_flops(**choice: Any) -> float:
@@ -261,17 +281,16 @@ def lego_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     pipe.set_progress_bar_config(disable=True)
 
     def sample(t_break: float) -> Callable[[], Any]:
-        return lambda: pipe(
-            [0, 1], num_inference_steps=steps, guidance_scale=1.0, t_break=t_break, output_type="latent"
-        )
+        return lambda: pipe([0], num_inference_steps=steps, guidance_scale=1.0, t_break=t_break, output_type="latent")
 
+    breaks = (0.0, 0.25, 0.5, 0.75, 1.0)
+    calls = [lambda: [step() for _ in range(evaluations)], *(sample(t_break) for t_break in breaks)]
+    dit_times, *lego_times = interleaved(calls, args.pairs, args.device)
     rows = []
-    for t_break in (0.0, 0.25, 0.5, 0.75, 1.0):
+    for t_break, times in zip(breaks, lego_times, strict=True):
         late = skipped_steps(steps, t_break, "late")
         truncated = 2 * len(late) - (1 if late else 0)
         flops = (evaluations - truncated) * full + truncated * short
-        times = paired(lambda: [step() for _ in range(evaluations)], sample(t_break), args.pairs, args.device)
-        whole = paired(sample(0.0), sample(t_break), args.pairs, args.device)
         rows.append(
             {
                 "network": "LEGO, emoji-lego-64",
@@ -282,8 +301,8 @@ def lego_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "gflops": flops,
                 "baseline_gflops": evaluations * dense,
                 "total_percent": 100 * flops / (evaluations * dense),
-                **times,
-                "speedup_to_unskipped": whole["speedup"],
+                **summary(dit_times, times),
+                "speedup_to_unskipped": ratio(lego_times[0], times, 0),
                 "last_brick_percent": 100 * (1 - short / full),
             }
         )
