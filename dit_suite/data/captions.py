@@ -77,6 +77,7 @@ def save_states(path: Path, captions: Sequence[str], states: Sequence[torch.Tens
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     save_file(tensors, part, {"captions": json.dumps(list(captions), ensure_ascii=False)})
+    part.chmod(0o644)
     os.replace(part, path)
 
 

@@ -13,7 +13,6 @@ from PIL import Image, UnidentifiedImageError
 from dit_suite.data.captions import captions_of
 from dit_suite.data.labels import FILE_NAME as LABEL_FILE
 from dit_suite.data.labels import LabelTable
-from dit_suite.data.moving_square import ACTION_NAMES, MovingSquareClips, MovingSquareOptions
 from dit_suite.data.procedural import shapes_set, sprites_set
 from dit_suite.data.tables import read_rows
 from dit_suite.registry import resolve
@@ -332,26 +331,13 @@ def open_sprites(section: DataSection) -> ClipRows:
     return ClipRows(list(clips), section, labels, names, [(caption,) for caption in captions])
 
 
-def open_square(section: DataSection) -> ActionWindows:
-    """The moving-square game: `count` episodes of twice the window."""
-    game = MovingSquareOptions(**({"size": section.size} if section.size else {}))
-    clips = MovingSquareClips(section.count, 2 * section.frames, game)
-    frames, actions, episodes = [], [], []
-    for index in range(len(clips)):
-        pictures, moves = clips.episode(index)
-        frames.append(torch.from_numpy(pictures).permute(0, 3, 1, 2))
-        actions.append(torch.tensor([*moves.tolist(), 0]))
-        episodes.append(torch.full((len(pictures),), index))
-    return ActionWindows(torch.cat(frames), torch.cat(actions), torch.cat(episodes), section, ACTION_NAMES)
-
-
 KINDS = (
-    ("images", open_images),
-    ("clips", open_clips),
-    ("actions", open_actions),
-    ("shapes", open_shapes),
-    ("sprites", open_sprites),
-    ("square", open_square),
+    ("images", "dit_suite.data.readers:open_images"),
+    ("clips", "dit_suite.data.readers:open_clips"),
+    ("actions", "dit_suite.data.readers:open_actions"),
+    ("shapes", "dit_suite.data.readers:open_shapes"),
+    ("sprites", "dit_suite.data.readers:open_sprites"),
+    ("square", "dit_suite.data.moving_square:open_moving_square"),
 )
 
 
@@ -363,8 +349,8 @@ def open_source(section: DataSection) -> Source:
     """
     for name, opener in KINDS:
         if name == section.kind:
-            return opener(section)
+            return resolve(opener)(section)
     if ":" not in section.kind:
         names = ", ".join(name for name, _ in KINDS)
-        raise ValueError(f"data.kind must be one of {names}, or module:Class, got {section.kind!r}")
+        raise ValueError(f"data.kind must be one of {names}, or module:function, got {section.kind!r}")
     return resolve(section.kind)(section)

@@ -112,9 +112,9 @@ def make_accelerator(run: RunSection) -> Accelerator:
 def spread(network: torch.nn.Module, run: RunSection, accelerator: Accelerator) -> torch.nn.Module:
     """The network on its device, compiled when asked, wrapped for the processes.
 
-    "fsdp" is FSDP2: `fully_shard` on every block that the network lists in `_no_split_modules`, then on the whole.
+    "fsdp" is FSDP2: `fully_shard` on every block that the network lists in `_no_split_modules`, then on the whole. It
+    moves one block after the other, so that no device ever holds the whole network.
     """
-    network = network.to(accelerator.device)
     if run.parallel == "fsdp" and accelerator.num_processes > 1:
         policy = MixedPrecisionPolicy()
         if run.precision == "bf16":
@@ -127,6 +127,7 @@ def spread(network: torch.nn.Module, run: RunSection, accelerator: Accelerator) 
                     module.compile()
                 fully_shard(module, mesh=mesh, mp_policy=policy)
         return fully_shard(network, mesh=mesh, mp_policy=policy)
+    network = network.to(accelerator.device)
     if run.compile:
         network.compile()
     if accelerator.num_processes == 1:

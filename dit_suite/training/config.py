@@ -49,7 +49,7 @@ class Part:
 class DataSection(Options):
     """Where the samples come from."""
 
-    kind: str = option("images", "images, clips, actions, shapes, sprites, square, or module:Class")
+    kind: str = option("images", "images, clips, actions, shapes, sprites, square, or module:function")
     path: str = option("", "folder that scripts/prepare_data.py wrote (procedural kinds need none)")
     split: str = option("train", "rows to use: train, heldout, pairs or all")
     size: int = option(0, "resize to this side; 0 keeps the stored size", minimum=0, maximum=4096)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 
 import torch
 
@@ -102,6 +103,12 @@ class Draws:
         return torch.minimum(values.floor().long(), limit.broadcast_to(values.shape).long())
 
 
+@lru_cache(maxsize=2)
+def _epoch_order(seed: int, epoch: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(size, generator=generator)
+
+
 def shuffled_indices(seed: int, first: int, count: int, size: int) -> torch.Tensor:
     """Which rows of a data set of `size` rows the global positions first .. first + count - 1 read; int64 (count,).
 
@@ -110,8 +117,7 @@ def shuffled_indices(seed: int, first: int, count: int, size: int) -> torch.Tens
     wanted = torch.arange(first, first + count)
     rows = torch.empty(count, dtype=torch.int64)
     for epoch in range(first // size, (first + count - 1) // size + 1):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(size, generator=generator)
+        order = _epoch_order(seed, epoch, size)
         inside = wanted // size == epoch
         rows[inside] = order[wanted[inside] % size]
     return rows

@@ -76,7 +76,8 @@ class Trainer:
         device = self.accelerator.device
         self.source.to(device)
         self.conditioner.to(device)
-        self.flops = self._count_flops(bare.to(device))
+        # a network that is to be sharded may be too large to be counted whole on one device
+        self.flops = self._count_flops(bare.to(device)) if run.parallel == "ddp" else 0.0
         self.module = spread(bare, run, self.accelerator)
         self.network = Network(self.module, dict(config.model.call))
         self.bare = unwrap(self.module)
@@ -122,7 +123,7 @@ class Trainer:
         return total, result, parts
 
     def _count_flops(self, bare: torch.nn.Module) -> float:
-        """Operations per sample of a forward and backward pass, 0 where the counter can't see them."""
+        """Operations per sample of a forward and backward pass, as torch's counter sees them."""
         count = min(2, self.config.run.batch_size)
         batch = self.batch(0, torch.arange(count))
         network = Network(bare, dict(self.config.model.call))
@@ -218,10 +219,10 @@ class Trainer:
         values["learning_rate"] = learning_rate(config.optimizer, progress.step - 1, progress.total)
         speed = monitor.rate((progress.step - since) * config.run.batch_size)
         values["samples_per_second"] = speed
-        values["tflops_per_device"] = speed * self.flops / 1e12 / self.accelerator.num_processes
-        peak = peak_tflops(self.accelerator.device, config.run.peak_tflops)
-        if peak:
-            values["mfu"] = values["tflops_per_device"] / peak
+        if self.flops:
+            values["tflops_per_device"] = speed * self.flops / 1e12 / self.accelerator.num_processes
+            peak = peak_tflops(self.accelerator.device, config.run.peak_tflops)
+            values |= {"mfu": values["tflops_per_device"] / peak} if peak else {}
         monitor.write(progress.step, values)
         self.report(f"step {progress.step}/{progress.total} loss {values['loss']:.4f} {speed:.1f} samples/s")
         progress.pending = []
@@ -248,16 +249,15 @@ class Trainer:
         monitor = Monitor(config.output, progress.step, self.accelerator.is_main_process)
         self.report(f"{config.name}: {self._describe()}, from step {progress.step}")
         collected: list[dict[str, torch.Tensor]] = []
-        since, first, mark = progress.step, progress.step, 0.0
+        since, first, mark = progress.step, progress.step, (0, 0.0)
         stopped = False
         while progress.step < (progress.total or provisional) and not stopped:
             collected.append(self.step(progress.step, progress.total or provisional))
             progress.step += 1
             if progress.step == first + _WARM_STEPS:
-                mark = time.monotonic()
-            timed = progress.step - first - _WARM_STEPS
-            if not run.max_steps and self._may_derive_total(timed):
-                progress.total = self._derive_total(begin, (time.monotonic() - mark) / timed)
+                mark = (progress.step, time.monotonic())
+            if not run.max_steps and self._may_derive_total(progress.step - first - _WARM_STEPS):
+                progress.total, mark = self._derive_total(begin, mark)
             logging = progress.step % run.log_every == 0
             if logging or self.accelerator.num_processes == 1:
                 out_of_time = run.max_minutes and time.monotonic() - begin > run.max_minutes * 60.0
@@ -284,19 +284,21 @@ class Trainer:
         due = timed == _TIMED_STEPS or (timed > _TIMED_STEPS and saving)
         return due and (not self.progress.total or self.progress.step < decay_begins)
 
-    def _derive_total(self, begin: float, per_step: float) -> int:
-        """How many steps fit into the time limit, at so many seconds a step."""
-        remaining = self.config.run.max_minutes * 60.0 - (time.monotonic() - begin)
-        total = self._agree(self.progress.step + max(1, int(0.97 * remaining / per_step)))
+    def _derive_total(self, begin: float, mark: tuple[int, float]) -> tuple[int, tuple[int, float]]:
+        """How many steps fit into the time limit at the speed since `mark` (step, time), and the new mark."""
+        step, now = self.progress.step, time.monotonic()
+        per_step = max(now - mark[1], 1e-9) / (step - mark[0])
+        remaining = self.config.run.max_minutes * 60.0 - (now - begin)
+        total = self._agree(step + max(1, int(0.97 * remaining / per_step)))
         self.report(f"{per_step:.3f} s a step: {total} steps fit into {self.config.run.max_minutes:g} minutes")
-        return total
+        return total, (step, now)
 
     def _describe(self) -> str:
         count = sum(parameter.numel() for parameter in self.bare.parameters())
+        operations = f", {self.flops / 1e9:.2f} GFLOP a sample" if self.flops else ""
         return (
             f"{count / 1e6:.2f} M parameters, {len(self.source)} rows, batch {self.config.run.batch_size}, "
-            f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}, "
-            f"{self.flops / 1e9:.2f} GFLOP a sample"
+            f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}{operations}"
         )
 
     def _finish(self, monitor: Monitor, collected: list[dict[str, torch.Tensor]], since: int) -> Path | None:

@@ -205,3 +205,19 @@ def test_sets_without_captions_are_refused(tmp_path):
     values["data"] = {"kind": "shapes", "size": 8, "count": 16}
     with pytest.raises(FileNotFoundError, match="prepare_data.py captions"):
         Trainer(config_from_dict(values))
+
+
+def test_sparse_attention_while_training_changes_the_loss_and_leaves_no_trace(tmp_path):
+    states = _states(tmp_path / "captions.safetensors")
+    sparse = {"topk": [1, 1, 1], "block_1d": 1.0, "block_2d": [1, 2], "block_3d": [2, 1, 1], "min_tokens": 1}
+    losses = {}
+    for name, attention in (("dense", "none"), ("sparse", {"name": "vmoba", "options": sparse})):
+        values = {**tiny_values(tmp_path / name, max_steps=3, batch_size=4), **CASES["wan"], "attention": attention}
+        values["condition"] = {"states": str(states), "max_length": 6}
+        values["data"] = {**values["data"], "captions": [1.0]}
+        Trainer(config_from_dict(values)).run()
+        losses[name] = [loss for _, loss, _ in curve(tmp_path / name)]
+        from dit_suite.checkpoints import load_pipeline
+
+        assert load_pipeline(tmp_path / name / "checkpoint").transformer.config.num_layers == 2
+    assert losses["dense"] != losses["sparse"] and abs(losses["dense"][0] - losses["sparse"][0]) < 1.0

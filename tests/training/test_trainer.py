@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -116,13 +117,23 @@ def test_loss_falls(tmp_path):
     assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
 
 
-def test_time_limit_derives_the_steps(tmp_path):
-    limited = tiny(tmp_path / "run", max_steps=0, max_minutes=0.05, log_every=10)
-    started = time.monotonic()
-    target = Trainer(limited).run()
-    assert target is not None and (target / "model_index.json").is_file()
-    assert time.monotonic() - started < 20
-    assert curve(tmp_path / "run")[-1][0] > 25
+def test_time_limit_derives_the_steps_and_corrects_them(tmp_path, monkeypatch):
+    limited = tiny(tmp_path / "run", max_steps=0, max_minutes=0.1, save_every=10)
+    trainer, clock = Trainer(limited), SimpleNamespace(now=0.0)
+    take, totals = trainer.step, []
+
+    def timed(step, total):
+        clock.now += 0.05 if step < 25 else 0.1
+        totals.append(total)
+        return take(step, total)
+
+    trainer.step = timed
+    monkeypatch.setattr("dit_suite.training.trainer.time", SimpleNamespace(monotonic=lambda: clock.now))
+    assert (trainer.run() / "model_index.json").is_file()
+    # 20 steps of 0.05 s are timed after 5; of 6 s 4.75 are left, so 25 + 0.97 * 95 steps; then the machine slows down
+    assert totals[25] == 25 + 92 and totals[-1] < 80
+    steps = [step for step, _, _ in curve(tmp_path / "run")]
+    assert steps[-1] == totals[-1] and clock.now <= 6.0 + 0.1
 
 
 def test_preview_grid_is_written(tmp_path):
