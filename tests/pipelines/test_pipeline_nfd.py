@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dit_suite.pipelines.pipeline_nfd import START_FRAMES, NFDPipeline
+from dit_suite.pipelines.pipeline_nfd import START_FRAMES, NFDPipeline, write_start_frames
 from PIL import Image
 
 import dit_suite
@@ -62,12 +62,12 @@ def test_given_first_frames_are_kept(pipe, tmp_path: Path):
     assert torch.equal(clip[:, :, 0], image)
     assert clip.shape[2] == 6
     assert not torch.allclose(clip[:, :, 1:], run(pipe)[:, :, 1:], atol=1e-3)
-    sheet = Image.fromarray((np.arange(8 * 24 * 3) % 251).astype(np.uint8).reshape(8, 24, 3))
-    sheet.save(tmp_path / START_FRAMES)
+    given = (np.arange(3 * 8 * 8 * 3) % 251).astype(np.uint8).reshape(3, 8, 8, 3)
+    assert write_start_frames(given, tmp_path) == tmp_path / START_FRAMES
     pipe.register_to_config(_name_or_path=str(tmp_path))
     frames = pipe.start_frames()
     assert frames.shape == (3, 3, 8, 8)
-    picture = sheet.crop((16, 0, 24, 8))
+    picture = Image.fromarray(given[2])
     assert torch.equal(run(pipe, start_frame=2), run(pipe, image=[picture, picture]))
     with pytest.raises(ValueError, match="between 0 and 2"):
         run(pipe, start_frame=3)
