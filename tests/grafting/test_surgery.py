@@ -1,0 +1,241 @@
+"""Plans, surgery, distillation and saving of grafted models."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from dit_suite.caching.bac import apply_bac
+from dit_suite.caching.plan import BACConfig
+from dit_suite.caching.profile import SimilarityProfile
+from dit_suite.caching.recorder import ProfileRecorder
+from dit_suite.checkpoints import load_pipeline
+from dit_suite.grafting.distill import DistillConfig, Distiller, distillation_loss
+from dit_suite.grafting.models import GraftedDiTModel, graft
+from dit_suite.grafting.plan import GraftPlan, OperatorSpec, band_locality, interleaved, most_local
+from dit_suite.grafting.surgery import ParallelPair, copy_attention
+from dit_suite.models.dit import DiTModel
+from dit_suite.pipelines.pipeline_class_to_image import ClassToImagePipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def teacher(layers: int = 4) -> DiTModel:
+    torch.manual_seed(0)
+    model = DiTModel(
+        sample_size=8, patch_size=2, in_channels=3, num_layers=layers, num_attention_heads=2, attention_head_dim=8,
+        num_classes=4, learn_sigma=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def pipeline(model: torch.nn.Module) -> ClassToImagePipeline:
+    pipe = ClassToImagePipeline(transformer=model, scheduler=FlowMatchEulerDiscreteScheduler(), vae=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(model: torch.nn.Module) -> torch.Tensor:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return model(x, torch.tensor([100, 700]), torch.tensor([1, 3])).sample
+
+
+def sample(pipe: ClassToImagePipeline, seed: int = 0) -> torch.Tensor:
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(2)]
+    return pipe(class_labels=[1, 3], num_inference_steps=3, generator=generators, output_type="latent").images
+
+
+MIXED = {
+    "attention": {
+        "1": {"kind": "hyena_y"},
+        "2": {"kind": "swa", "window": 2},
+        "3": {"kind": "mamba2", "d_state": 8},
+    },
+    "mlp": {"0": {"kind": "mlp", "ratio": 3.0}, "2": {"kind": "mlp_hyena_x"}},
+}
+
+
+def test_plans() -> None:
+    plan = GraftPlan.from_dict(MIXED, 4)
+    assert GraftPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    rule = GraftPlan.from_dict({"attention": {"kind": "hyena_x", "layers": {"interleave": 0.5}}, "pairs": "all"}, 28)
+    assert sorted(rule.attention) == list(range(1, 28, 2)) and rule.pairs[-1] == (26, 27) and len(rule.pairs) == 14
+    assert interleaved(8, 0.75) == [1, 2, 3, 5, 6, 7] and interleaved(4, 1.0) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="can't take the place of the mlp of layer 0"):
+        GraftPlan(mlp={0: OperatorSpec(kind="swa")})
+    with pytest.raises(ValueError, match="names layer 9, the model has 4 layers"):
+        GraftPlan.from_dict({"attention": {"9": {"kind": "swa"}}}, 4)
+    with pytest.raises(ValueError, match="neighbouring"):
+        GraftPlan(pairs=((0, 2),))
+    with pytest.raises(ValueError, match="has no 'attn'"):
+        GraftPlan.from_dict({"attn": {}})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "grafts").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_plans(path: Path) -> None:
+    plan = GraftPlan.load(path, 4)
+    assert plan.attention or plan.mlp or plan.pairs
+    assert torch.isfinite(run(graft(teacher(), plan))).all()
+
+
+def test_band_locality() -> None:
+    assert band_locality(torch.eye(6), 0) == pytest.approx(1.0)
+    uniform = torch.full((2, 6, 6), 1 / 6)
+    near = sum(1 for i in range(6) for j in range(6) if abs(i - j) <= 1)
+    assert band_locality(uniform, 1).tolist() == pytest.approx([near / 36] * 2)
+    values = [float(band_locality(torch.rand(6, 6).softmax(-1), k)) for k in (5, 6)]
+    assert values == pytest.approx([1.0, 1.0])
+    assert most_local([0.2, 0.9, 0.5, 0.9], 2) == [1, 3]
+
+
+def test_surgery_touches_nothing_else() -> None:
+    model = teacher()
+    before = run(model)
+    plan = GraftPlan.from_dict(MIXED, 4)
+    grafted = graft(model, plan)
+    assert torch.equal(run(model), before)
+    original = model.state_dict()
+    same = [key for key, value in grafted.state_dict().items() if key in original and torch.equal(value, original[key])]
+    exchanged = {"1.attn", "2.attn", "3.attn", "0.ff", "2.ff"}
+    expected = [k for k in original if not any(f"transformer_blocks.{name}." in k for name in exchanged)]
+    assert sorted(same) == sorted(expected)
+    with pytest.raises(ValueError, match="grafted already"):
+        graft(grafted, plan)
+
+
+def test_self_graft_with_copied_weights_is_exact() -> None:
+    model = teacher()
+    plan = GraftPlan.from_dict({"attention": {"kind": "mha", "layers": "all"}}, 4)
+    grafted = graft(model, plan)
+    assert not torch.allclose(run(grafted), run(model), atol=1e-3)
+    for old, new in zip(model.transformer_blocks, grafted.transformer_blocks, strict=True):
+        copy_attention(old.attn, new.attn)
+    torch.testing.assert_close(run(grafted), run(model), atol=1e-5, rtol=1e-4)
+
+
+def test_depth_to_width() -> None:
+    model = teacher(5)
+    plan = GraftPlan.from_dict({"pairs": "all"}, 5)
+    grafted = graft(model, plan)
+    blocks = grafted.transformer_blocks
+    assert len(blocks) == 3 and isinstance(blocks[0], ParallelPair) and not isinstance(blocks[2], ParallelPair)
+    extra = sum(p.numel() for p in grafted.parameters()) - sum(p.numel() for p in model.parameters())
+    assert extra == 2 * (2 * 16 * 16 + 16)
+    x, c = torch.randn(2, 16, 16), torch.randn(2, 16)
+    with torch.no_grad():
+        first, second = (model.transformer_blocks[i](x, c) for i in (0, 1))
+        torch.testing.assert_close(blocks[0](x, c), first + second - x, atol=1e-5, rtol=1e-4)
+        mean = graft(model, GraftPlan(pairs=((0, 1),), pair_init="average")).transformer_blocks[0]
+        torch.testing.assert_close(mean(x, c), (first + second) / 2, atol=1e-5, rtol=1e-4)
+
+
+def test_losses() -> None:
+    error = torch.tensor([0.02, -0.05, 0.4])
+    zero = torch.zeros(3)
+    assert distillation_loss(error, zero, "l1") == pytest.approx(float(error.abs().mean()))
+    assert distillation_loss(error[:2], zero[:2], "huber", 0.1) == pytest.approx(float((error[:2] ** 2).mean() / 2))
+    with pytest.raises(ValueError, match="l1, l2 or huber"):
+        distillation_loss(error, zero, "l3")
+
+
+def test_distillation_lowers_the_error_and_leaves_the_teacher_alone() -> None:
+    model = teacher()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = GraftPlan.from_dict({"attention": {"kind": "mha", "layers": [1]}, "mlp": {"kind": "mlp", "layers": [2]}}, 4)
+    grafted = graft(model, plan)
+    pipe = pipeline(model)
+    with Distiller(model, grafted, plan, DistillConfig(attention_lr=5e-3, mlp_lr=5e-3)) as distiller:
+        sample(pipe)
+        early = [row["relative_error"] for row in distiller.report()]
+        for seed in range(1, 12):
+            sample(pipe, seed)
+    late = distiller.report()
+    assert all(row["relative_error"] < 0.93 * old for row, old in zip(late, early, strict=True)), (late, early)
+    assert {row["steps"] for row in late} == {12 * 3}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not model.transformer_blocks[1].attn._forward_hooks
+
+
+def test_a_stopped_distillation_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    model, plan = teacher(), GraftPlan.from_dict({"attention": {"kind": "hyena_x", "layers": [0, 3]}}, 4)
+
+    def fresh() -> tuple[torch.nn.Module, Distiller]:
+        torch.manual_seed(3)
+        grafted = graft(model, plan)
+        return grafted, Distiller(model, grafted, plan, DistillConfig())
+
+    pipe = pipeline(model)
+    whole, distiller = fresh()
+    with distiller:
+        for seed in range(4):
+            sample(pipe, seed)
+    _, distiller = fresh()
+    with distiller:
+        for seed in range(2):
+            sample(pipe, seed)
+    distiller.save(tmp_path / "stage1.pt", 2)
+    resumed, distiller = fresh()
+    assert distiller.load(tmp_path / "stage1.pt") == 2
+    with distiller:
+        for seed in range(2, 4):
+            sample(pipe, seed)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    other = Distiller(model, resumed, plan, DistillConfig(clip=1.0))
+    with pytest.raises(ValueError, match="another plan or other settings"):
+        other.load(tmp_path / "stage1.pt")
+
+
+def test_save_load_and_cache(tmp_path: Path) -> None:
+    model = graft(teacher(), GraftPlan.from_dict({**MIXED, "pairs": [[0, 1]]}, 4))
+    pipe = pipeline(model)
+    expected = sample(pipe)
+    pipe.save_pretrained(tmp_path / "grafted")
+    again = load_pipeline(tmp_path / "grafted")
+    again.set_progress_bar_config(disable=True)
+    assert isinstance(again.transformer, GraftedDiTModel) and again.transformer.config.graft_plan["pairs"] == [[0, 1]]
+    assert torch.equal(sample(again), expected)
+    with ProfileRecorder(again) as recorder:
+        sample(again)
+    with apply_bac(again, BACConfig(budget=3), profile=recorder.profile()):
+        assert torch.equal(sample(again), expected)
+    with apply_bac(again, BACConfig(budget=2), profile=recorder.profile()) as handle:
+        sample(again)
+        assert handle.stats()["reused"]["stack"] == 1
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """graft.py and calibrate_bac.py on a saved tiny pipeline, and their one-sentence errors."""
+    pipeline(teacher()).save_pretrained(tmp_path / "tiny")
+    graft_main = runpy.run_path(str(ROOT / "scripts" / "graft.py"))["main"]
+    plan = str(ROOT / "configs" / "grafts" / "hyena_x_50.yaml")
+    call = ["--model", str(tmp_path / "tiny"), "--class-labels", "1", "2", "--num-inference-steps", "3"]
+    out = tmp_path / "grafted"
+    assert graft_main([*call, "--plan", plan, "--epochs", "2", "--batch-size", "2", "--output", str(out)]) == 0
+    report = json.loads((out / "stage1.json").read_text())
+    assert report["batches"] == 2 and [row["steps"] for row in report["operators"]] == [6, 6]
+    assert isinstance(load_pipeline(out).transformer, GraftedDiTModel)
+    assert graft_main([*call, "--plan", "nowhere.yaml", "--output", str(out)]) == 2
+    calibrate = runpy.run_path(str(ROOT / "scripts" / "calibrate_bac.py"))["main"]
+    profiles = tmp_path / "tiny" / "bac"
+    assert calibrate([*call, "--budget", "2", "--measure", "2", "3", "--output", str(profiles)]) == 0
+    pipe = load_pipeline(tmp_path / "tiny")
+    pipe.set_progress_bar_config(disable=True)
+    rows = SimilarityProfile.load(profiles / "profile-3.safetensors").quality
+    assert [row["budget"] for row in rows] == [2, 3] and rows[1]["psnr"] >= rows[0]["psnr"] > 20
+    target = rows[1]["psnr"]
+    with apply_bac(pipe, BACConfig(psnr=target, budget=None)) as handle:
+        assert handle.schedules[3].config["budget"] == (2 if rows[0]["psnr"] == target else 3)
+    with pytest.raises(ValueError, match="no measured schedule reaches"):
+        apply_bac(pipe, BACConfig(psnr=target + 1))
+    with apply_bac(pipe, BACConfig(budget=2)) as handle:
+        sample(pipe)
+        assert handle.stats()["reused"]["stack"] == 1
+    assert calibrate([*call, "--budget", "9", "--output", str(profiles)]) == 2
+    assert "9 computed steps is more than the 3" in capsys.readouterr().err
