@@ -392,7 +392,7 @@ OBJECTIVES: tuple[tuple[str, str], ...] = (
     ("diffusion", "dit_suite.training.objectives:Diffusion"),
     ("edm", "dit_suite.training.objectives:EDM"),
     ("flow_nll", "dit_suite.training.objectives:FlowNLL"),
-    ("block_diffusion", "dit_suite.training.block_objectives:BlockDiffusion"),
+    ("block_diffusion", "dit_suite.training.block_diffusion:BlockDiffusion"),
 )
 
 

@@ -95,7 +95,8 @@ CASES: dict[str, dict[str, Any]] = {
             },
         },
     },
-    "acdit": {"technique": "acdit", "objective": "block_diffusion", "scheduler": DDPM}
+    "acdit": {"technique": "acdit", "scheduler": DDPM}
+    | {"objective": {"name": "block_diffusion", "options": {"patch_size": 2, "block_size": 4}}}
     | {
         "model": {
             "name": "acdit",
