@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
-from dit_suite.pipelines.pipeline_text_to_image import TextToImagePipeline
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from dit_suite.pipelines.pipeline_text_to_image import TextToImagePipeline
 
 WORDS = ("red", "green", "blue", "apple", "sun", "cat", "flat", "style", ",")
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from dit_suite.pipelines.pipeline_acdit import ACDiTPipeline
 
 import dit_suite
 from dit_suite.converters.acdit import make_scheduler
 from dit_suite.golden import acdit as golden
 from dit_suite.golden import read_fixture, section
 from dit_suite.models.acdit import ACDiTTransformer3DModel
+from dit_suite.pipelines.pipeline_acdit import ACDiTPipeline
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.schedulers.step_plan import current_step
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dit_suite.pipelines.pipeline_nfd import START_FRAMES, NFDPipeline, write_start_frames
 from PIL import Image
 
 import dit_suite
 from dit_suite.models.nfd import NFDTransformer3DModel
+from dit_suite.pipelines.pipeline_nfd import START_FRAMES, NFDPipeline, write_start_frames
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.schedulers.trigflow import TrigFlowScheduler
 

@@ -10,9 +10,9 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, DDIMScheduler, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from dit_suite.pipelines.pipeline_text_to_video import TextToVideoPipeline
 
 from dit_suite.call_options import TextToVideoOptions
+from dit_suite.pipelines.pipeline_text_to_video import TextToVideoPipeline
 from dit_suite.registry import technique
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.schedulers.step_plan import current_step
