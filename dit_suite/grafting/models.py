@@ -10,6 +10,8 @@ from dit_suite.grafting.plan import GraftPlan
 from dit_suite.grafting.surgery import apply_plan, block_list, transplant
 from dit_suite.models.dit import DiTModel
 
+_KEPT_PRECISE = ("filter", "conv1d")  # convolutions whose weights are read outside their own forward
+
 
 def _carry_out(model: Any, plan: dict[str, Any] | None) -> None:
     if not plan:
@@ -23,6 +25,8 @@ def _carry_out(model: Any, plan: dict[str, Any] | None) -> None:
 
 class GraftedPixArtTransformer2DModel(PixArtTransformer2DModel, ModelMixin, ConfigMixin):
     """`PixArtTransformer2DModel` after a graft; the other arguments are those of that class."""
+
+    _skip_layerwise_casting_patterns = [*PixArtTransformer2DModel._skip_layerwise_casting_patterns, *_KEPT_PRECISE]
 
     @register_to_config
     def __init__(
@@ -57,6 +61,8 @@ class GraftedPixArtTransformer2DModel(PixArtTransformer2DModel, ModelMixin, Conf
 
 class GraftedDiTModel(DiTModel, ModelMixin, ConfigMixin):
     """`DiTModel` after a graft; the other arguments are those of that class."""
+
+    _skip_layerwise_casting_patterns = [*DiTModel._skip_layerwise_casting_patterns, *_KEPT_PRECISE]
 
     @register_to_config
     def __init__(

@@ -170,6 +170,8 @@ _PT_DIT = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 3, "out_channels": 3, "num_layers": 2,
     "caption_channels": 12, "sample_size": 16, "compress_ratios": (1, 2, 2),
 }  # fmt: skip
+_GRAFT_PLAN = {"attention": {"0": {"kind": "hyena_y"}}, "mlp": {"1": {"kind": "mlp_hyena_x"}}}
+_GRAFTED = {**_DIT, "graft_plan": _GRAFT_PLAN}
 _ACDIT = {
     "in_channels": 3, "sample_height": 8, "sample_width": 8, "patch_size": 2, "block_size": 4, "num_layers": 2,
     "num_attention_heads": 1, "attention_head_dim": 16, "num_classes": 3,
@@ -194,6 +196,7 @@ MODELS: tuple[ModelCase, ...] = (
     ModelCase(
         "dtr", "dit_suite.models.switch_dit:SwitchDiTTransformer2DModel", {**_DIT, "routing": "channels"}, class_inputs
     ),
+    ModelCase("grafted-dit", "dit_suite.grafting.models:GraftedDiTModel", _GRAFTED, class_inputs),
     ModelCase("pt-dit", "dit_suite.models.pt_dit:PTDiTTransformer3DModel", _PT_DIT, text_inputs),
     ModelCase("lego", "dit_suite.models.lego:LegoTransformer2DModel", _LEGO, edm_inputs),
     ModelCase("tarflow", "dit_suite.models.tarflow:TarFlowModel", _TARFLOW, flow_inputs, float32_output=True),
