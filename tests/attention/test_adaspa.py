@@ -145,12 +145,12 @@ def test_full_budget_and_one_block_equal_dense(length):
 
 def test_no_table_with_the_same_row_budget_has_more_recall():
     query, key, _ = _qkv(6 * 8)
-    mass = block_mass(query, key, _lse(query, key), 8)[:, :1, :3]
+    mass = block_mass(query, key, _lse(query, key), 8)[:, :1, :2]
     table, counts = build_table(mass, torch.full((1, 1), 0.5))
     best = recall(mass, table, counts).item()
     rows = list(itertools.combinations(range(6), 3))
     most = 0.0
-    for choice in itertools.product(rows, repeat=3):
+    for choice in itertools.product(rows, repeat=2):
         other = torch.tensor(choice, dtype=torch.int32)[None, None]
         most = max(most, recall(mass, other, counts).item())
     assert best == pytest.approx(most, abs=1e-12)
@@ -296,7 +296,7 @@ def test_triton_search_kernel_in_the_interpreter():
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", _INTERPRETED], env=environment, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", _INTERPRETED], env=environment, capture_output=True, text=True, check=False, timeout=900
     )
     assert run.stdout.strip() == "same", run.stderr[-2000:]
 

@@ -441,14 +441,14 @@ def test_a_pipeline_run_counts_its_calls():
 
 def test_compiled_model_runs_sparse():
     """torch.compile breaks the graph at every attention; the result is the eager one."""
-    model, given = build("wan"), tiny_models.wan_inputs()
+    model, given = tiny_models.wan(num_layers=1).eval(), tiny_models.wan_inputs()
     with apply_adaspa(model, AdaSpaConfig(sparsity=0.75, **SEARCH_AT_0)) as handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = _run_steps(model, given, range(2))[1]
         compiled = torch.compile(model, backend="eager")
         actual = _run_steps(compiled, given, range(2))[1]
         assert (actual - expected).abs().max() < 1e-5
-        assert handle.stats()["sparse_calls"] == 6
+        assert handle.stats()["sparse_calls"] == 2
     torch._dynamo.reset()
 
 
