@@ -29,6 +29,10 @@ def test_fixture(path: Path) -> None:
     assert [result for result in results if not result.passed] == []
 
 
+def test_every_fixture_has_a_family() -> None:
+    assert [path.name for path in sorted(GOLDEN.glob("*.safetensors")) if path not in FIXTURES] == []
+
+
 @pytest.mark.parametrize("name", sorted(SMALLEST))
 def test_a_changed_output_is_noticed(name: str) -> None:
     path = SMALLEST[name]

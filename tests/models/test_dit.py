@@ -16,7 +16,8 @@ from dit_suite.golden import read_fixture, section
 from dit_suite.models.dit import DiTModel, dit_config
 from dit_suite.models.dit_blocks import unpatchify
 from dit_suite.schedulers.guidance import guide
-from dit_suite.schedulers.respacing import respaced_betas, space_timesteps
+from dit_suite.schedulers.respacing import respaced_betas, respaced_scheduler, space_timesteps
+from dit_suite.training.objectives import diffusion_tables, named_tables
 
 FIXTURE = Path(__file__).parents[1] / "golden" / "dit_forward.safetensors"
 TINY = {
@@ -271,6 +272,61 @@ def test_attention_is_quadratic_in_the_tokens_and_the_rest_is_linear() -> None:
     (small_attention, small_rest), (large_attention, large_rest) = flops(8), flops(16)
     assert large_attention == 16 * small_attention > 0
     assert large_rest == 4 * small_rest > 0
+
+
+def test_the_golden_check_takes_other_sizes() -> None:
+    """A fixture of another depth, patch and channel count, written from a network made here, passes; a wrong weight
+    in it is noticed."""
+    torch.manual_seed(0)
+    config = {"input_size": 16, "num_heads": 2, "class_dropout_prob": 0.0, "learn_sigma": False, "in_channels": 3}
+    model = DiTModel(
+        16, 4, 3, num_layers=3, num_attention_heads=2, attention_head_dim=16, mlp_ratio=2.0, num_classes=5,
+        class_dropout_prob=0.0, learn_sigma=False,
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    x, t, y = torch.randn(2, 3, 16, 16), torch.tensor([5, 800]), torch.tensor([4, 0])
+    tensors = {f"state_dict.{key}": value for key, value in to_official(model).items()}
+    tensors |= {"input.x": x, "input.t": t, "input.y": y}
+    tensors |= {f"output.{key}": value for key, value in golden.trace(model, x, t, y).items()}
+    results = golden.check(tensors, config)
+    assert {"block_0", "block_1", "block_2", "sample", "c"} <= {result.name for result in results}
+    assert all(result.passed for result in results)
+    tensors["state_dict.blocks.2.mlp.fc2.bias"] = tensors["state_dict.blocks.2.mlp.fc2.bias"] + 1e-3
+    failed = {result.name for result in golden.check(tensors, config) if not result.passed}
+    assert "block_2" in failed and "block_1" not in failed
+
+
+@pytest.mark.parametrize(("kind", "respacing"), [("ddpm", "7"), ("ddpm", "5,3,9"), ("ddim", "ddim7"), ("ddim", "9")])
+def test_samplers_over_uneven_timesteps_equal_the_formulas(kind: str, respacing: str) -> None:
+    """Counts that diffusers' own spacings do not reach, against the update written out."""
+    given = {key: value.double() if value.is_floating_point() else value for key, value in section(
+        read_fixture(FIXTURE.with_name("dit_diffusion.safetensors"))[0], "input").items()}  # fmt: skip
+    products = named_tables("linear", 1000).alphas_cumprod
+    steps = space_timesteps(1000, respacing)
+    tables = diffusion_tables(respaced_betas(products, steps))
+    noises = torch.randn(len(steps), *given["z"].shape, generator=torch.Generator().manual_seed(0)).double()
+    case = {"name": "x", "kind": kind, "eta": 0.5}
+    x, expected = given["z"], []
+    for i, noise in zip(range(len(steps))[::-1], noises, strict=True):
+        eps, raw = golden.toy_network(given, x, torch.full((len(x),), steps[i])).chunk(2, dim=1)
+        abar = tables.alphas_cumprod[i]
+        before = tables.alphas_cumprod[i - 1] if i else torch.tensor(1.0).double()
+        x0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()
+        if kind == "ddim":
+            sigma = 0.5 * ((1 - before) / (1 - abar) * (1 - abar / before)).sqrt()
+            x = before.sqrt() * x0 + (1 - before - sigma**2).sqrt() * eps + (i > 0) * sigma * noise
+        else:
+            mean = tables.posterior_x0_weight[i] * x0 + tables.posterior_xt_weight[i] * x
+            share = (raw + 1) / 2
+            spread = share * tables.betas[i].log() + (1 - share) * tables.posterior_log_variance[i]
+            x = mean + (i > 0) * (0.5 * spread).exp() * noise
+        expected.append(x)
+    given = {key: value.float() if value.is_floating_point() else value for key, value in given.items()}
+    scheduler = respaced_scheduler(kind, products, steps)
+    samples, _ = golden.run_sampler({**given, "x.noise": noises.float()}, case, scheduler, steps[::-1])
+    torch.testing.assert_close(samples.double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("spec", ["10", "25", "250", "7", "ddim10", "ddim250", "10,5,20", "1"])
