@@ -204,6 +204,22 @@ class LayerState:
 
 
 @dataclass
+class RunningMean:
+    """A mean that keeps two numbers, however many values it has seen."""
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.count += 1
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+
+@dataclass
 class LayerReport:
     """Counts of one layer since the last reset."""
 
@@ -212,14 +228,14 @@ class LayerReport:
     cached_searches: int = 0
     sparse_calls: int = 0
     search_seconds: float = 0.0
-    densities: list[float] = field(default_factory=list)
-    recalls_before: list[float] = field(default_factory=list)
-    recalls: list[float] = field(default_factory=list)
+    density: RunningMean = field(default_factory=RunningMean)
+    recall_before: RunningMean = field(default_factory=RunningMean)
+    recall: RunningMean = field(default_factory=RunningMean)
     tiers: dict[float, int] = field(default_factory=dict)
 
     def record_search(self, result: SearchResult) -> None:
-        self.recalls_before.append(float(result.recall_before.mean()))
-        self.recalls.append(float(result.recall.mean()))
+        self.recall_before.add(float(result.recall_before.mean()))
+        self.recall.add(float(result.recall.mean()))
         for tier in result.sparsity.flatten().tolist():
             self.tiers[round(tier, 6)] = self.tiers.get(round(tier, 6), 0) + 1
 

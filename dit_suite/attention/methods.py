@@ -164,7 +164,7 @@ class AdaSpaMethod:
         report.record_search(state.result)
         length = query.shape[2]
         pairs = count_pairs(state.result.table, state.result.counts, length, length, block)
-        report.densities.append(call.density(pairs))
+        report.density.add(call.density(pairs))
 
     def _sparse(self, call: AttentionCall, state: LayerState, report: LayerReport, search: bool) -> torch.Tensor:
         (query, key, value), order = self._video_in_order(call)
@@ -202,9 +202,9 @@ class AdaSpaMethod:
                 "fused_searches": r.fused_searches,
                 "cached_searches": r.cached_searches,
                 "sparse_calls": r.sparse_calls,
-                "density": _mean(r.densities),
-                "recall_before_tiers": _mean(r.recalls_before),
-                "recall": _mean(r.recalls),
+                "density": r.density.value,
+                "recall_before_tiers": r.recall_before.value,
+                "recall": r.recall.value,
                 "tiers": dict(sorted(r.tiers.items())),
                 "search_seconds": r.search_seconds,
             }
