@@ -413,7 +413,8 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             encoder_hidden_states: text features `(batch, length, caption_channels)`.
             timestep: `(batch,)` or one value, in [0, 1000]; samples of a batch may differ.
             added_cond_kwargs: "resolution" and "aspect_ratio" where the model has additional conditions.
-            encoder_attention_mask: `(batch, length)`, 1 or True = keep.
+            encoder_attention_mask: `(batch, length)`, 1 or True = keep. A row without any token reads all of them, as
+                the released code's additive mask does.
             compress_ratios: tokens per window for this call; default the configured ones or 8 x 8 windows.
             return_dict: an output object or a tuple.
 
@@ -441,7 +442,10 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         )
         modulation = modulation.reshape(batch, 6, -1)
         text = self.caption_projection(encoder_hidden_states)
-        text_mask = None if encoder_attention_mask is None else encoder_attention_mask.bool()[:, None, None]
+        text_mask = None
+        if encoder_attention_mask is not None:
+            keep = encoder_attention_mask.bool()
+            text_mask = (keep | ~keep.any(dim=1, keepdim=True))[:, None, None]
 
         for block in self.transformer_blocks:
             arguments = (tokens, modulation, text, text_mask, layout)

@@ -68,6 +68,13 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self.sigmas = torch.zeros(0, dtype=torch.float64)
         self.timesteps = torch.zeros(0)
+        self._restart()
+
+    def _restart(self) -> None:
+        """Forgets the run under way."""
+        self._evaluation = 0
+        self._churned: float | None = None
+        self._first: tuple[torch.Tensor, torch.Tensor, float] | None = None
 
     @property
     def init_noise_sigma(self) -> float:
@@ -90,9 +97,7 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         evaluations = torch.cat([levels[:1], levels[1:].repeat_interleave(2)])
         self.timesteps = (evaluations.log() / 4).float().to(device or "cpu")
         self.num_inference_steps = num_inference_steps
-        self._evaluation = 0
-        self._churned: float | None = None
-        self._first: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._restart()
 
     @property
     def step_index(self) -> int:
@@ -123,6 +128,8 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         """
         c = self.config
         amount = c.s_churn if s_churn is None else s_churn
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before sampling")
         sigma = float(self.sigmas[self.step_index])
         if self._evaluation % 2 or amount <= 0 or not c.s_min <= sigma <= c.s_max:
             return sample
@@ -174,13 +181,11 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         slope = (sample - denoised) / sigma
         target = float(self.sigmas[self.step_index + 1])
         if self._evaluation % 2 == 0:
-            start = sample
             following = sample + (target - sigma) * slope
-            self._first = (sample, slope)
-            self._started = sigma
+            self._first = (sample, slope, sigma)
         else:
-            start, first_slope = self._first
-            following = start + (target - self._started) * (first_slope + slope) / 2
+            start, first_slope, first_sigma = self._first
+            following = start + (target - first_sigma) * (first_slope + slope) / 2
             self._first = None
             self._churned = None
         self._evaluation += 1
@@ -192,6 +197,3 @@ class EDMHeunScheduler(SchedulerMixin, ConfigMixin):
         """`x + sigma n`; `sigmas` is `(batch,)`."""
         shape = (-1,) + (1,) * (original_samples.ndim - 1)
         return original_samples + sigmas.to(original_samples).reshape(shape) * noise
-
-    def __len__(self) -> int:
-        return 1000

@@ -343,10 +343,8 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_nothing():
         torch.testing.assert_close(gradient, grads[1][name], atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_to_one_graph(training):
-    torch.compiler.reset()
+def test_compiles_to_one_graph_with_gradients():
+    """The window reordering has a gradient of its own; inference is compiled by the conformance suite."""
     model = awake(tiny(num_layers=1))
-    with torch.set_grad_enabled(training):
-        compiled = torch.compile(model, fullgraph=True, backend="eager")(**inputs()).sample
-        torch.testing.assert_close(compiled, model(**inputs()).sample, atol=1e-6, rtol=0)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(**inputs()).sample
+    torch.testing.assert_close(compiled, model(**inputs()).sample, atol=1e-6, rtol=0)

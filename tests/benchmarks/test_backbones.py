@@ -1,0 +1,57 @@
+"""The backbones benchmark: its counts are the paper's, its clock is fair."""
+
+import argparse
+
+import pytest
+import torch
+
+from dit_suite.benchmarks import backbones
+from dit_suite.models.pt_dit import attention_mac_share
+
+
+def options(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    backbones.add_arguments(parser)
+    return parser.parse_args(given)
+
+
+def test_text_rows_report_attention_and_linear_terms():
+    """PT-DiT section 3.3: 34.4 % and 9.8 % of the attention products, a larger linear term, and the width decides who
+    wins at 512 px."""
+    rows = {}
+    for width in ((5, 32), (6, 48)):
+        args = options("--pixels", "256", "512", "--timed-pixels", "--layers", "1")
+        args.heads, args.head_dim = width
+        rows[width] = backbones.text_rows(args)
+        for row, tokens, window in zip(rows[width], (256, 1024), (4, 16), strict=True):
+            assert row["attention_percent"] == pytest.approx(100 * attention_mac_share(tokens, window), rel=1e-6)
+            assert row["linear_gflops"] > 1.3 * row["baseline_linear_gflops"]
+    assert rows[5, 32][1]["total_percent"] < 100 < rows[6, 48][1]["total_percent"]
+    assert rows[5, 32][0]["total_percent"] > 100
+
+
+def test_the_break_even_size_is_the_first_cheaper_one():
+    args = options("--layers", "1")
+    found = backbones.break_even_row(args)
+    assert found["setting"] == "break-even at 640 px (width 288)" and found["total_percent"] < 100
+
+
+def test_rounds_turn_the_order():
+    order = []
+    times = backbones.interleaved([lambda k=k: order.append(k) for k in range(3)], 3, "cpu")
+    assert order == [0, 1, 2] + [0, 1, 2] + [1, 2, 0] + [2, 0, 1]
+    assert [len(each) for each in times] == [3, 3, 3]
+    assert backbones.ratio([(4.0, 1.0), (6.0, 1.0), (9.0, 1.0)], [(2.0, 1.0)] * 3, 0) == 3.0
+
+
+def test_one_switch_row(monkeypatch):
+    """The merged experts add 7.6 % of the FLOPs at S/2."""
+    args = options("--pairs", "1")
+    monkeypatch.setattr(backbones, "paired", lambda *given: {"speedup": 0.9, "cpu_speedup": 0.9})
+    with torch.no_grad():
+        row = backbones.class_rows(args)[0]
+    assert row["total_percent"] == pytest.approx(107.6, abs=0.1)
+    assert row["params_m"] == pytest.approx(38.2, abs=0.01) and row["baseline_params_m"] == pytest.approx(
+        32.87, abs=0.01
+    )
+    assert row["overhead_percent"] == pytest.approx(100 / 0.9 - 100)
