@@ -124,6 +124,8 @@ class LegoPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         callback_tensor_inputs: list[str],
     ) -> None:
         """Raises `ValueError` with one sentence for anything the call can't use."""
+        if not isinstance(self.scheduler, EDMHeunScheduler):
+            raise ValueError(f"LEGO networks are sampled with EDMHeunScheduler, not {type(self.scheduler).__name__}")
         if guidance_scale > 1 and not self.num_classes:
             raise ValueError("this network is unconditional, so it can't be guided: set guidance_scale to 1")
         for name, value in (("height", height), ("width", width)):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from dit_suite.call_options import LegoOptions
 from dit_suite.golden import lego as golden
@@ -223,6 +224,9 @@ def test_names_null_class_and_unconditional_networks():
     ):
         with pytest.raises(ValueError, match=message):
             run(pipe, labels=labels, **options)
+    pipe.scheduler = DDIMScheduler()
+    with pytest.raises(ValueError, match="sampled with EDMHeunScheduler, not DDIMScheduler"):
+        run(pipe)
     with pytest.raises(ValueError, match="unconditional: class_labels must be None"):
         run(alone, labels=(1,))
     with pytest.raises(ValueError, match="can't be guided"):
