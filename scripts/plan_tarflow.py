@@ -91,8 +91,10 @@ def make_plan(arguments: argparse.Namespace) -> tuple:
         "machine": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
     }
     model.to(stored_dtype(checkpoint.folder))
-    pipe.register_modules(transformer=model, scheduler=plan.scheduler(record))
-    return pipe, plan, checkpoint
+    # A new pipeline, so that the folder it came from is not recorded in the new one.
+    model.register_to_config(_name_or_path="")
+    planned = type(pipe)(model, plan.scheduler(record), id2label=pipe.config.id2label)
+    return planned, plan, checkpoint
 
 
 def save(pipe, source: Path, output: Path) -> None:

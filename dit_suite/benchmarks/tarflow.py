@@ -26,7 +26,7 @@ class Method:
 
     name: str
     strategies: list[BlockStrategy]
-    tolerance: float = -1.0
+    tolerance: float | None = None
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-samples", type=int, default=64, help="pictures compared (a multiple of the batch size)")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="the planner used seeds from 1000000 on")
-    parser.add_argument("--methods", choices=("all", "planned"), default="all")
+    parser.add_argument("--methods", choices=("all", "fixed", "planned"), default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--features", choices=("enet-lite0", "random-conv", "none"), default="none")
 
@@ -53,7 +53,7 @@ def methods(pipe: Any, chosen: str) -> list[Method]:
         Method("sequential", [BlockStrategy()] * count),
         Method("planned", pipe.block_strategies("planned", 1, 1)),
     ]
-    if chosen == "all":
+    if chosen in ("all", "fixed"):
         for sweeps in (2, 3, 4):
             rows.append(
                 Method(
@@ -61,6 +61,7 @@ def methods(pipe: Any, chosen: str) -> list[Method]:
                     [BlockStrategy()] + [BlockStrategy(1, sweeps)] * (count - 1),
                 )
             )
+    if chosen == "all":
         rows.append(
             Method("first GS 8x32, rest Jacobi x10", [BlockStrategy(8, 32)] + [BlockStrategy(1, 10)] * (count - 1))
         )
