@@ -67,8 +67,11 @@ def consistency_tangent(
 def normalise_tangent(tangent: torch.Tensor, per: str, constant: float) -> torch.Tensor:
     """g / (rms(g) + c): one norm per clip over frames, pixels and channels, or one per frame.
 
-    The root mean square stands for the norm so that `constant` means the same at every size.
+    The root mean square stands for the norm so that `constant` means the same at every size. "none" leaves g as it is:
+    small batches of a teacher that is almost consistent already would drown in the noise of unit-sized tangents.
     """
+    if per == "none":
+        return tangent
     axes = (1, 2, 3, 4) if per == "clip" else (1, 3, 4)
     return tangent / (tangent.square().mean(dim=axes, keepdim=True).sqrt() + constant)
 
@@ -107,7 +110,9 @@ class ConsistencyDistillation(Options):
     context_share: float = option(0.5, "share of frames at context quality", minimum=0.0, maximum=1.0)
     context_level: float = option(0.05, "noise level of context frames when sampling", minimum=0.0, maximum=0.5)
     warmup_steps: int = option(4000, "steps until the JVP part has its full weight", minimum=1)
-    tangent_norm: str = option("clip", "one tangent norm per clip or per frame", choices=("clip", "frame"))
+    tangent_norm: str = option(
+        "clip", "one tangent norm per clip, per frame, or none", choices=("clip", "frame", "none")
+    )
     tangent_constant: float = option(0.1, "added to the tangent norm", minimum=0.0)
     weighting: str = option("inverse_tan", "weight of a time", choices=("inverse_tan", "uniform"))
 

@@ -131,3 +131,56 @@ def test_times_follow_the_prior_and_a_missing_teacher_is_named():
     assert float(times.tan().log().std()) == pytest.approx(1.0, abs=0.05)
     with pytest.raises(ValueError, match="teacher's checkpoint"):
         objective.loss(lambda x, timestep, **c: x, batch())
+
+
+class _Linear(torch.nn.Module):
+    """v(x, s) = a(s) x, with a small network for a: can express the exact answers for Gaussian data."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1))
+
+    def forward(self, sample, timestep, **condition):
+        features = torch.stack([timestep, timestep.square()], dim=-1)
+        return self.body(features)[..., 0][:, None, :, None, None] * sample
+
+
+@pytest.mark.parametrize("norm", ["none", "clip"])
+def test_distillation_finds_the_consistency_function_of_a_gaussian(norm: str):
+    """Data N(0, 0.5^2): the teacher's one-step estimate from pure noise is 0, the exact consistency map is 0.5 z."""
+    spread, student = 0.5, _Linear()
+
+    def teacher(sample, timestep, **condition):
+        level = timestep[:, None, :, None, None]
+        return sample * (level - (1 - level) * spread**2) / ((1 - level) ** 2 * spread**2 + level**2)
+
+    def train(steps: int, loss_of, lr: float) -> None:
+        optimizer = torch.optim.Adam(student.parameters(), lr)
+        for step in range(steps):
+            draws = Draws(0, step, torch.arange(32))
+            samples = spread * torch.randn(32, 1, 4, 2, 2, generator=torch.Generator().manual_seed(step))
+            loss = loss_of(TrainingBatch(samples, {}, draws))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def imitate(data: TrainingBatch) -> torch.Tensor:
+        level = torch.rand(32, 4, generator=torch.Generator().manual_seed(data.draws.step))
+        return (student(data.samples, level) - teacher(data.samples, level)).square().mean()
+
+    train(150, imitate, 1e-2)
+    t = torch.full((1, 1), 1.5)
+    one = torch.ones(1, 1, 1, 1, 1)
+
+    def estimate() -> float:
+        with torch.no_grad():
+            return float(t.cos() * 1.0 - t.sin() * as_trigflow(student, {})(one, t))
+
+    before = estimate()
+    objective = ConsistencyDistillation(
+        context_share=0.0, warmup_steps=50, tangent_norm=norm, weighting="uniform", mean=0.5, std=1.0
+    )
+    train(500, lambda data: objective.loss(student, data, teacher=teacher).loss.mean(), 5e-3)
+    assert before < 0.2
+    assert estimate() == pytest.approx(spread, abs=0.08)
