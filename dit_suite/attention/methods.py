@@ -14,7 +14,7 @@ from dit_suite.attention.adaspa import AdaSpaConfig, LayerReport, LayerState, Se
 from dit_suite.attention.block_sparse import WorkCounter, block_sparse_attention, count_pairs
 from dit_suite.attention.calls import AttentionCall
 from dit_suite.attention.merge import attention_with_lse
-from dit_suite.attention.partition import Partition, auto_tile, partition
+from dit_suite.attention.partition import Partition, auto_tile, partition_on
 from dit_suite.attention.vmoba import VMoBAConfig, vmoba_attention
 from dit_suite.schedulers.step_plan import current_step
 
@@ -117,7 +117,7 @@ class AdaSpaMethod:
         if self.config.token_order == "native":
             return None
         tile = self.config.tile or auto_tile(call.layout.grid, self._block_size(call))
-        return partition(call.layout.grid, tuple(tile)).to(call.query.device)
+        return partition_on(call.layout.grid, tuple(tile), call.query.device)
 
     def _video_in_order(self, call: AttentionCall) -> tuple[list[torch.Tensor], Partition | None]:
         order = self._order(call)

@@ -20,7 +20,8 @@ class Partition:
     Attributes:
         order: int64 `(tokens,)`, the original number of the j-th token in block order.
         inverse: int64 `(tokens,)`, undoes `order`.
-        boundaries: int64 `(blocks + 1,)`, block c holds the tokens `boundaries[c]` to `boundaries[c + 1]`.
+        boundaries: int64 `(blocks + 1,)`, block c holds the tokens `boundaries[c]` to `boundaries[c + 1]`. Always on
+            the CPU, where loops over blocks read it without waiting for a GPU.
     """
 
     order: torch.Tensor
@@ -42,20 +43,16 @@ class Partition:
 
     @property
     def block_of_token(self) -> torch.Tensor:
-        """Block number of each token in block order, int64 `(tokens,)`."""
-        blocks = torch.arange(self.num_blocks, device=self.boundaries.device)
-        return blocks.repeat_interleave(self.sizes, output_size=self.num_tokens)
-
-    def to(self, device: torch.device | str) -> "Partition":
-        return Partition(self.order.to(device), self.inverse.to(device), self.boundaries.to(device))
+        """Block number of each token in block order, int64 `(tokens,)`, on the device of `order`."""
+        return torch.arange(self.num_blocks).repeat_interleave(self.sizes).to(self.order.device)
 
     def permute(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """Brings the token dimension of `tensor` into block order."""
-        return tensor.index_select(dim, self.order.to(tensor.device))
+        return tensor.index_select(dim, self.order)
 
     def restore(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """Brings the token dimension back to (t, y, x) order."""
-        return tensor.index_select(dim, self.inverse.to(tensor.device))
+        return tensor.index_select(dim, self.inverse)
 
 
 def _check_grid(grid: Grid) -> Grid:
@@ -101,6 +98,13 @@ def partition(grid: Grid, block: float | tuple[int, ...]) -> Partition:
     x = torch.arange(columns)[None, None, :] // width
     ids = (t * math.ceil(rows / height) + y) * math.ceil(columns / width) + x
     return _from_block_ids(ids.flatten())
+
+
+@functools.lru_cache(maxsize=64)
+def partition_on(grid: Grid, block: float | tuple[int, ...], device: torch.device) -> Partition:
+    """`partition` with its permutations on a device, copied there once."""
+    parts = partition(grid, block)
+    return Partition(parts.order.to(device), parts.inverse.to(device), parts.boundaries)
 
 
 def _divisors(number: int) -> list[int]:

@@ -30,9 +30,9 @@ def block_means(key: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
     size = int(sizes[0])
     if bool((sizes == size).all()):
         return key.to(dtype).view(batch, heads, -1, size, dim).mean(3)
-    blocks = torch.arange(sizes.shape[0], device=key.device).repeat_interleave(sizes)
+    blocks = torch.arange(sizes.shape[0]).repeat_interleave(sizes).to(key.device)
     sums = torch.zeros(batch, heads, sizes.shape[0], dim, dtype=dtype, device=key.device)
-    return sums.index_add_(2, blocks, key.to(dtype)) / sizes.to(dtype)[:, None]
+    return sums.index_add_(2, blocks, key.to(dtype)) / sizes.to(key.device, dtype)[:, None]
 
 
 def block_gate(query: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ def select_pairs(
     Returns:
         bool mask `(batch, heads, blocks, tokens)`, own blocks included.
     """
-    own = own_block_mask(boundaries)
+    own = own_block_mask(boundaries).to(query.device)
 
     def choose(gate: torch.Tensor) -> torch.Tensor:
         return select_topk(gate, own, k, pool) if mode == "topk" else select_threshold(gate, own, tau, pool)

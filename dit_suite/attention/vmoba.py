@@ -14,7 +14,7 @@ import torch
 from dit_suite.attention import selection
 from dit_suite.attention.block_sparse import WorkCounter
 from dit_suite.attention.merge import accumulation_dtype, attention_with_lse
-from dit_suite.attention.partition import Grid, Partition, auto_block, partition
+from dit_suite.attention.partition import Grid, Partition, auto_block, partition_on
 from dit_suite.attention.vmoba_dispatch import PairAttention, PairLists, pairs_from_indices, pairs_from_mask
 from dit_suite.options import Options, option
 
@@ -96,7 +96,7 @@ def _select(query: torch.Tensor, key: torch.Tensor, parts: Partition, config: VM
         chosen = selection.foreign_topk(query, means, parts.block_of_token, k - 1, compiled=compiled)
         return pairs_from_indices(chosen, parts.num_blocks)
     mask = selection.select_pairs(query, means, parts.boundaries, config.select, config.pool, k, config.tau)
-    return pairs_from_mask(mask & ~selection.own_block_mask(parts.boundaries))
+    return pairs_from_mask(mask & ~selection.own_block_mask(parts.boundaries).to(mask.device))
 
 
 def vmoba_attention(
@@ -134,7 +134,7 @@ def vmoba_attention(
     if kind is None:
         out, lse = attention_with_lse(query, key, value, scale)
         return (out, lse) if return_lse else out
-    parts = partition(tuple(grid), config.block(grid, kind)).to(query.device)
+    parts = partition_on(tuple(grid), config.block(grid, kind), query.device)
     query, key, value = (parts.permute(t, 2) for t in (query, key, value))
     pairs = _select(query.detach(), key.detach(), parts, config, kind)
     out, lse = attend_pairs(query, key, value, parts, pairs, scale, config.empty_selection)
