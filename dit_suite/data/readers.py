@@ -173,7 +173,7 @@ class ImageRows(_Captioned):
         if self.section.translate:
             pixels = shift_on_white(pixels, draws, self.section.translate)
         if self.section.flip:
-            turned = draws.uniform(Stream.EXTRA_NOISE)[:, None, None, None] < 0.5
+            turned = draws.uniform(Stream.FLIP)[:, None, None, None] < 0.5
             pixels = torch.where(turned, pixels.flip(-1), pixels)
         return {"samples": to_unit_range(pixels), **self.conditions(rows, draws)}
 

@@ -30,6 +30,7 @@ class Stream(IntEnum):
     AUGMENT = 5
     AUXILIARY = 6
     EXTRA_NOISE = 7
+    FLIP = 8
 
 
 def philox(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:

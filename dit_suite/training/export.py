@@ -1,6 +1,7 @@
 """The trained pipeline as a folder that `load_pipeline` opens, and sample grids on the way."""
 
 import inspect
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ def export(
     about: dict[str, Any],
     class_names: Mapping[int, str] | None = None,
 ) -> Path:
-    """Writes the pipeline with these weights (safetensors in small shards) and `training.json` with the config.
+    """Writes the pipeline with these weights (safetensors in small shards) and `training.json`: settings, no paths.
 
     Args:
         config: of the run.
@@ -41,7 +42,9 @@ def export(
     pipe = make_pipeline(config, fresh.eval(), class_names)
     with replacing_folder(target) as folder:
         pipe.save_pretrained(folder, max_shard_size=SHARD_SIZE, safe_serialization=True)
-        write_json(folder / "training.json", {"config": config.to_dict(), **about})
+        for path in folder.rglob("*.safetensors"):
+            path.chmod(0o644)
+        write_json(folder / "training.json", {"config": json.loads(config.identity()), **about})
         data = Path(config.data.path)
         if config.data.path and (data / LABEL_FILE).is_file():
             LabelTable.load(data).save(folder)

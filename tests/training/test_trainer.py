@@ -1,6 +1,7 @@
 """The loop: resuming, accumulation, averaging, export, and every kind of network."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -37,6 +38,9 @@ def test_checkpoint_opens_and_holds_the_averaged_weights(finished):
     name = "final_layer.linear.weight" if "final_layer.linear.weight" in averaged else next(iter(averaged))
     saved = pipe.transformer.state_dict()[name]
     assert torch.equal(saved, averaged[name]) and not torch.equal(saved, last[name])
+    about = json.loads((folder / "checkpoint/training.json").read_text())
+    assert about["steps"] == 12 and about["config"]["optimizer"]["lr"] == 0.003
+    assert str(folder) not in json.dumps(about)
 
 
 def test_stopped_run_goes_on_bit_for_bit(finished, tmp_path):
