@@ -136,6 +136,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         model="dit_suite.models.nfd:NFDTransformer3DModel",
         pipeline="dit_suite.pipelines.pipeline_nfd:NFDPipeline",
         options="dit_suite.call_options:NFDOptions",
+        bundled="moving-square-nfd",
     ),
     Technique(
         name="pt_dit",
