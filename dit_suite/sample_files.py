@@ -18,7 +18,6 @@ from dit_suite.metadata import write_atomically, write_json, write_png
 from dit_suite.sampling import SamplingJob, batches, open_job, sample_batch, sample_record
 
 FOLDER_SIZE = 1000
-_SUFFIXES = {"text-to-image": ".png", "class-to-image": ".png", "text-to-video": ".mp4", "action-to-video": ".mp4"}
 
 
 def distributed_state() -> Any:
@@ -35,16 +34,34 @@ def distributed_state() -> Any:
 class SampleFolder:
     """Where one job's samples go."""
 
-    def __init__(self, folder: Path, job: SamplingJob, *, with_metadata: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        job: SamplingJob,
+        *,
+        with_metadata: bool = True,
+        clip_format: str = "mp4",
+        with_frames: bool = False,
+    ) -> None:
         """Takes the folder for this job; nothing is written yet.
 
+        Args:
+            folder: where the samples go.
+            job: what makes them.
+            with_metadata: whether files say how they were made.
+            clip_format: "mp4" or "gif", for pipelines that make clips.
+            with_frames: also write every clip's frames as PNGs into a folder of its number.
+
         Raises:
-            ValueError: the folder holds samples that another job made.
+            ValueError: the folder holds samples that another job made, or frames are asked of pictures.
         """
         self.folder = folder
         self.job = job
         self.with_metadata = with_metadata
-        self.suffix = _SUFFIXES[job.row.task]
+        self.with_frames = with_frames
+        self.suffix = ".png" if job.row.task.endswith("to-image") else f".{clip_format}"
+        if with_frames and self.suffix == ".png":
+            raise ValueError(f"frames are written for clips; {job.technique} makes pictures")
         self._refuse_other_job()
 
     def _refuse_other_job(self) -> None:
@@ -76,8 +93,10 @@ class SampleFolder:
         if self.suffix == ".png":
             write_png(Image.fromarray(sample), path, record)
             return
-        from dit_suite.video import write_video
+        from dit_suite.video import write_frames, write_video
 
+        if self.with_frames:
+            write_frames(sample, path.with_suffix(""), record)
         write_video(sample, path, fps=getattr(self.job.options, "fps", 8), record=record)
 
     def run(self, num_samples: int, *, npz: bool = False, sheet: bool = False, device: Any = None) -> None:

@@ -40,6 +40,8 @@ def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="folder for the samples")
     parser.add_argument("--npz", action="store_true", help="also write samples_NxHxWx3.npz (key arr_0)")
     parser.add_argument("--sheet", action="store_true", help="also write sheet.png, the pictures side by side")
+    parser.add_argument("--clip-format", default="mp4", choices=("mp4", "gif"), help="file type of clips")
+    parser.add_argument("--frames", action="store_true", help="also write the frames of clips as PNGs")
     parser.add_argument("--no-metadata", action="store_true", help="write nothing but pixels into the files")
     parser.add_argument("--scheduler", help="flow-euler, flow-heun, ddim, ddpm, dpm-solver or unipc")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -152,7 +154,13 @@ def main(argv: list[str] | None = None) -> int:
         args, job, indices = job_from_arguments(argv)
         quiet_loading()
         num_samples = args.num_samples if args.num_samples is not None else len(job.conditions)
-        folder = SampleFolder(args.output, job, with_metadata=not args.no_metadata)
+        folder = SampleFolder(
+            args.output,
+            job,
+            with_metadata=not args.no_metadata,
+            clip_format=args.clip_format,
+            with_frames=args.frames,
+        )
         if indices is not None:
             folder.make_again(read_record(args.from_image)["index"], indices, device=args.device)
             return 0

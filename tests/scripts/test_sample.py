@@ -28,7 +28,8 @@ def model(tmp_path_factory):
 def arguments(model, output, *more, num_samples=7, batch_size=2):
     return [
         "--model", str(model), "--prompts", *PROMPTS, "--num-samples", str(num_samples),
-        "--batch-size", str(batch_size), "--num-inference-steps", "3", "--seed", "11", "--device", "cpu", "--output", str(output), *more,
+        "--batch-size", str(batch_size), "--num-inference-steps", "3",
+        "--seed", "11", "--device", "cpu", "--output", str(output), *more,
     ]  # fmt: skip
 
 
@@ -82,7 +83,8 @@ def launch(command, **kwargs):
 def accelerate_launch(count, *more):
     port = str(29500 + os.getpid() % 400)
     return [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count), "--num_machines", "1",
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count),
+        "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "scripts/sample.py", *more,
     ]  # fmt: skip
 
@@ -192,3 +194,20 @@ def test_missing_sample_stops_the_npz(model, tmp_path, reference):
 def test_help_lists_the_options_of_a_pipeline(capsys):
     assert main(["--pipeline", "pixart", "--help"]) == 0
     assert "--guidance-scale" in capsys.readouterr().out
+
+
+def test_clips_as_gif_with_frames(tmp_path):
+    """The bundled game model: a GIF and its frames, and the clip is what marks the sample as done."""
+    actions = tmp_path / "actions.json"
+    actions.write_text("[[4, 2, 1]]")
+    command = ["--pipeline", "nfd", "--actions-file", str(actions), "--start-frame", "0", "--device", "cpu"]
+    output = tmp_path / "out"
+    assert main([*command, "--output", str(output), "--clip-format", "gif", "--frames"]) == 0
+    frames = sorted((output / "000000").glob("*.png"))
+    with Image.open(output / "000000.gif") as clip:
+        assert clip.n_frames == len(frames) == 4
+
+
+def test_frames_are_for_clips(model, tmp_path, capsys):
+    assert main(arguments(model, tmp_path / "out", "--frames")) == 2
+    assert "frames are written for clips" in capsys.readouterr().err
