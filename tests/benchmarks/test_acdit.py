@@ -10,11 +10,11 @@ from dit_suite.benchmarks import acdit
 def test_counted_flops_follow_the_model():
     parser = argparse.ArgumentParser()
     acdit.add_arguments(parser)
-    flags = "--grid 8 --block-sizes 64 16 4 --steps 2 --rounds 1 --clock cpu"
+    flags = "--grid 8 --block-sizes 64 16 --steps 1 --rounds 1 --clock cpu"
     rows = acdit.run(parser.parse_args(flags.split()))["rows"]
-    assert [row["blocks"] for row in rows] == [1, 4, 16]
-    assert [row["passes"] for row in rows] == [2, 8, 32]
+    assert [row["blocks"] for row in rows] == [1, 4]
+    assert [row["passes"] for row in rows] == [1, 4]
     for row in rows:
         assert row["gflops"] == pytest.approx(row["predicted_gflops"], rel=0.1)
     assert rows[0]["cache_mb"] == 0
-    assert rows[2]["cache_mb"] > rows[1]["cache_mb"] > 0
+    assert rows[1]["cache_mb"] > 0

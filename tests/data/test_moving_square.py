@@ -24,8 +24,8 @@ def corner(frame: np.ndarray) -> tuple[int, int]:
 def test_an_action_moves_the_very_next_frame_and_walls_stop_it():
     game = MovingSquareGame()
     before = corner(game.reset(3))
-    assert corner(game.step(4)) == (before[0], before[1] + 1)
-    assert corner(game.step(2)) == (before[0] + 1, before[1] + 1)
+    assert corner(game.step(4)) == (before[0], before[1] + 2)
+    assert corner(game.step(2)) == (before[0] + 2, before[1] + 2)
     for _ in range(30):
         frame = game.step(1)
     assert corner(frame)[0] == 0
@@ -47,7 +47,7 @@ def test_clips_are_a_function_of_seed_and_index_and_actions_lead_to_their_frame(
         assert torch.equal(vectors[1:].argmax(-1), torch.from_numpy(actions))
         for t, action in enumerate(actions):
             (row, column), (next_row, next_column) = corner(frames[t]), corner(frames[t + 1])
-            assert abs(next_row - row) + abs(next_column - column) <= int(action != 0)
+            assert abs(next_row - row) + abs(next_column - column) <= 2 * int(action != 0)
             moved += (row, column) != (next_row, next_column)
     assert moved > 100
 

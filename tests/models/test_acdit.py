@@ -1,5 +1,6 @@
 """ACDiT: golden parity, causality, cached inference, block sizes, converter, gradients."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from dit_suite.converters import ConversionError
+from dit_suite.converters import acdit as converter
 from dit_suite.converters.acdit import build_model
 from dit_suite.golden import acdit as golden
 from dit_suite.golden import read_fixture, section
@@ -261,3 +263,31 @@ def test_calls_that_do_not_fit_are_refused():
         model(*now, clean_hidden_states=clean[:, :1], kv_cache=model.new_cache(2), block_index=3)
     with pytest.raises(ValueError, match="latents must be"):
         model.to_blocks(torch.zeros(1, 3, 1, 8, 8))
+
+
+def test_a_released_file_converts_with_the_sizes_it_carries(tmp_path: Path):
+    tensors, config = read_fixture(GOLDEN / "acdit_image.safetensors")
+    saved = argparse.Namespace(
+        model="ACDiT-XL",
+        patch_size=1,
+        image_size=32,
+        vae_patch_pixels=8,
+        block_size=4,
+        ar_len=4,
+        num_frames=1,
+        nd_split=None,
+    )
+    path = tmp_path / "ACDiT-tiny-img.pt"
+    torch.save({"model": section(tensors, "state_dict"), "args": saved}, path)
+    parser = argparse.ArgumentParser()
+    converter.add_arguments(parser)
+    pipe = converter.convert(path, parser.parse_args([]))
+    assert pipe.transformer.config.rope_style == "reference"
+    inputs = section(tensors, "input")
+    out = pipe.transformer(inputs["noised_x"], inputs["t"], inputs["y"].long(), inputs["clean_x"]).sample
+    torch.testing.assert_close(out.flatten(1, 2), tensors["output.train"], atol=1e-4, rtol=0)
+    with pytest.raises(ConversionError, match="trained with 4 blocks, these sizes give 1"):
+        converter.convert(path, parser.parse_args(["--block-size", "16"]))
+    torch.save({"model": section(tensors, "state_dict")}, path)
+    with pytest.raises(ConversionError, match="give --patch-size"):
+        converter.convert(path, parser.parse_args([]))
