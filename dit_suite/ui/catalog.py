@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dit_suite.checkpoints import bundled_index, find_checkpoint
-from dit_suite.registry import Technique
+from dit_suite.registry import TECHNIQUES, Technique
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,15 @@ def _labels(model_index: dict[str, Any]) -> tuple[str, ...]:
 
 
 def offers(extra: tuple[str, ...] = ()) -> list[Offer]:
-    """Bundled checkpoints that are present, then the extra ones.
+    """Bundled checkpoints that are present, the registry's first, then the extra ones.
 
     Raises:
         ValueError, FileNotFoundError: an extra checkpoint can't be opened.
     """
     found = []
-    for name in (*bundled_index(), *extra):
+    first = [row.bundled for row in TECHNIQUES if row.bundled in bundled_index()]
+    others = [name for name in bundled_index() if name not in first]
+    for name in (*first, *others, *extra):
         try:
             checkpoint = find_checkpoint(name)
         except FileNotFoundError:
