@@ -3,7 +3,7 @@
     python scripts/evaluate.py --samples outputs/run --reference emoji64-heldout --metrics fd,kid
     python scripts/evaluate.py --samples fast --baseline slow --reference emoji64-heldout --metrics fd,kid,psnr,ssim
     python scripts/evaluate.py --samples a.npz --reference b.npz --metrics fid50k,is --features inception
-    accelerate launch --num_processes 2 scripts/evaluate.py --generate --pipeline pixart \\
+    torchrun --nproc-per-node 2 scripts/evaluate.py --generate --pipeline pixart \\
         --conditions-from DATA.parquet:heldout+pairs --reference emoji64-heldout --metrics kid
     python scripts/evaluate.py --samples DATA.parquet:train --save-statistics train.npz --compact
 

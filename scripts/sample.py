@@ -1,7 +1,8 @@
 """Samples a model into a folder: pictures or clips with metadata and, on request, an ADM-layout npz.
 
     python scripts/sample.py --pipeline pixart --prompts "red apple, flat style" --num-samples 4 --output outputs/apple
-    accelerate launch --num_processes 2 scripts/sample.py --pipeline pixart --prompts-file prompts.txt ...
+    accelerate launch --num_processes 8 scripts/sample.py --pipeline pixart --prompts-file prompts.txt ...   (GPUs)
+    torchrun --nproc-per-node 2 scripts/sample.py --pipeline pixart --prompts-file prompts.txt ...           (CPU)
     python scripts/sample.py --from-image outputs/apple/000000.png --output outputs/again
 
 A run that was stopped goes on when the same command is given again. `--pipeline NAME --help` lists the options of NAME.

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -80,13 +81,11 @@ def launch(command, **kwargs):
     )
 
 
-def accelerate_launch(count, *more):
+def launch_processes(count, *more):
+    """torchrun, as accelerate's launcher starts several processes on accelerators only."""
     port = str(29500 + os.getpid() % 400)
-    return [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count),
-        "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port, "scripts/sample.py", *more,
-    ]  # fmt: skip
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", port]
+    return [*launcher, "scripts/sample.py", *more]
 
 
 def wait_for_files(folder, count, process):
@@ -111,21 +110,25 @@ def test_killed_and_started_again(model, reference, tmp_path):
     assert (tmp_path / "samples_7x8x8x3.npz").read_bytes() == (reference / "samples_7x8x8x3.npz").read_bytes()
 
 
+def is_rank(process):
+    return any(part.endswith("scripts/sample.py") for part in process.cmdline()) and "torch.distributed.run" not in (
+        process.cmdline()
+    )
+
+
 def test_two_processes_one_killed_then_resumed(model, reference, tmp_path):
     """Two gloo ranks; one dies; three ranks finish the folder: the same bytes as one process."""
     many = arguments(model, tmp_path, num_samples=400)
-    process = launch(accelerate_launch(2, *many), start_new_session=True)
+    process = launch(launch_processes(2, *many), start_new_session=True)
     wait_for_files(tmp_path, 4, process)
-    ranks = subprocess.run(
-        ["pgrep", "-g", str(process.pid), "-f", "scripts/sample.py"], capture_output=True, text=True
-    ).stdout.split()
-    workers = [int(pid) for pid in ranks if int(pid) != process.pid]
-    os.kill(workers[-1], signal.SIGKILL)
+    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if is_rank(child)]
+    assert len(workers) == 2
+    workers[-1].kill()
     process.communicate(timeout=240)
     assert process.returncode != 0
     for path in tmp_path.glob("0*.png"):
         Image.open(path).load()
-    again = launch(accelerate_launch(3, *arguments(model, tmp_path, "--npz")))
+    again = launch(launch_processes(3, *arguments(model, tmp_path, "--npz")))
     _, errors = again.communicate(timeout=240)
     assert again.returncode == 0, errors
     digests = [hashlib.sha256((f / "samples_7x8x8x3.npz").read_bytes()).hexdigest() for f in (tmp_path, reference)]
