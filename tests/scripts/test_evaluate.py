@@ -62,8 +62,7 @@ def test_generate_gives_the_number_of_the_two_step_way(model, reference, folder,
 def test_two_processes_give_the_number_of_one(model, reference, folder, capsys):
     one = score(capsys, "--samples", folder, "--reference", reference, "--feature-batch-size", "4")
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         "scripts/evaluate.py", "--generate", *sampling(model), "--reference", str(reference), *METRICS,
         "--feature-batch-size", "4",
     ]  # fmt: skip
