@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import psutil
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -121,8 +122,12 @@ def test_twenty_clients_lose_nothing_and_never_overlap(server, model, evaluation
     def one(seed):
         return ask(Client(server, verbose=False), model, seed=seed)
 
+    one(0)
+    before = psutil.Process().memory_info().rss
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(one, range(20)))
+    grown = psutil.Process().memory_info().rss - before
+    assert grown < 400e6, f"{grown / 1e6:.0f} MB for 20 clients, the clients themselves included"
     assert [info["seed"] for _, info in answers] == list(range(20))
     pictures = {Image.open(files[0]).tobytes() for files, _ in answers}
     assert len(pictures) == 20
