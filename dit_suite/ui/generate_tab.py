@@ -179,8 +179,8 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
             model = gr.Dropdown(list(tab.offers), value=first.name, label="Model", elem_id=f"{media}-model")
             uses_text = first.technique.options_class().condition == "prompt"
             prompt = gr.Textbox(
-                label="Prompt", lines=2, visible=uses_text, elem_id=f"{media}-prompt", max_length=limits.max_prompt,
-                placeholder="for example: red apple, flat style", value=EXAMPLES[0],
+                label="Prompt", info="Shift + Enter generates", lines=2, visible=uses_text, value=EXAMPLES[0],
+                elem_id=f"{media}-prompt", max_length=limits.max_prompt, placeholder="for example: burger, 3d style",
             )  # fmt: skip
             examples = gr.Examples([[text] for text in EXAMPLES], [prompt], api_visibility="private")
             label = gr.Dropdown(
@@ -192,6 +192,9 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
                     -1, label="Seed", info="-1: a random one", precision=0, minimum=-1, elem_id=f"{media}-seed"
                 )
                 count = gr.Slider(1, limits.max_count, value=1, step=1, label="Count", elem_id=f"{media}-count")
+            with gr.Row():
+                button = gr.Button("Generate", variant="primary", elem_id=f"{media}-generate")
+                stop = gr.Button("Stop", variant="stop", elem_id=f"{media}-stop")
             groups = {}
             for cls in tab.option_classes:
                 with gr.Group(visible=cls is first.technique.options_class()) as groups[cls]:
@@ -204,9 +207,6 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
                 for row in tab.accelerations():
                     switch = gr.Checkbox(False, label=row.title)
                     tab.plugins[row.name] = (switch, build_controls(row.config_class(), {}))
-            with gr.Row():
-                button = gr.Button("Generate", variant="primary", elem_id=f"{media}-generate")
-                stop = gr.Button("Stop", variant="stop", elem_id=f"{media}-stop")
             upload = gr.File(
                 label="Load settings from a file made here", file_types=[".png", ".mp4"], type="filepath", height=130,
                 elem_id=f"{media}-upload",
@@ -230,7 +230,7 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
         text = offer.technique.options_class().condition == "prompt"
         labels = gr.update(choices=list(offer.labels), value=next(iter(offer.labels), None), visible=not text)
         shown = [gr.update(visible=cls is offer.technique.options_class()) for cls in tab.option_classes]
-        return [gr.update(visible=text), labels, *shown]
+        return [gr.update(visible=text), gr.update(visible=text), labels, *shown]
 
     def on_generate(
         request: gr.Request,
@@ -240,12 +240,13 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
         yield from tab.generate(*values, request=request, progress=progress)
 
     inputs = [model, prompt, label, seed, count, scheduler, *tab.all_controls()]
-    model.change(on_model, [model], [prompt, label, *groups.values()], api_visibility="private", queue=False)
-    button.click(
-        on_generate, inputs, [results, preview, status, used], api_visibility="private", show_progress_on=[status],
-        **DEVICE_QUEUE,
+    shown = [prompt, examples.dataset, label, *groups.values()]
+    model.change(on_model, [model], shown, api_visibility="private", queue=False)
+    gr.on(
+        [button.click, prompt.submit], on_generate, inputs, [results, preview, status, used],
+        api_visibility="private", show_progress_on=[status], **DEVICE_QUEUE,
     )  # fmt: skip
     stop.click(tab.stop, None, [status], api_visibility="private", queue=False)
     upload.upload(tab.load_settings, [upload], [*inputs, status], api_visibility="private", queue=False)
-    examples.dataset.label = "Examples"
+    examples.dataset.label, examples.dataset.visible = "Examples", uses_text
     return tab

@@ -15,6 +15,10 @@ from dit_suite.ui.play_tab import PlayContext, build_play_tab
 from dit_suite.ui.settings import ServerSettings
 
 HISTORY = 60
+# Small pictures fill their frame with sharp pixels instead of lying in it as stamps.
+STYLE = """
+#image-preview img, #video-preview img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
+"""
 
 
 def history(output: Path) -> list[str]:
@@ -86,4 +90,5 @@ def launch_arguments(settings: ServerSettings) -> dict[str, Any]:
         "enable_monitoring": False,
         "max_file_size": "20mb",
         "theme": gr.themes.Soft(),
+        "css": STYLE,
     }
