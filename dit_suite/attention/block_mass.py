@@ -1,15 +1,18 @@
 """AdaSpa's search: how much softmax weight every query block puts on every key block (paper equations 9 to 14)."""
 
+import math
+
 import torch
 
 from dit_suite.attention.merge import accumulation_dtype
 from dit_suite.attention.search_triton import triton_block_mass, triton_unavailable
 
 SEARCH_IMPLS = ("auto", "triton", "chunked")
-_CPU_CHUNK_BYTES = 2 << 20
-_ACCELERATOR_CHUNK_BYTES = 512 << 20
+_CPU_TILE = (128, 512)
+_ACCELERATOR_TILE_BYTES = 512 << 20
 
 
+@torch.no_grad()
 def block_mass(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -47,39 +50,54 @@ def block_mass(
     return _chunked_block_mass(query, key, lse, block_size, scale)
 
 
+def _tile(heads: int, k_len: int, block_size: int, query: torch.Tensor) -> tuple[int, int, int]:
+    """(heads, query rows, keys) of one score tile: cache-sized on CPU, whole rows of keys on an accelerator."""
+    if query.device.type == "cpu":
+        rows, keys = (block_size * max(1, side // block_size) for side in _CPU_TILE)
+        return min(heads, max(2, torch.get_num_threads())), rows, keys
+    blocks = max(1, _ACCELERATOR_TILE_BYTES // (block_size * k_len * 4))
+    return min(heads, blocks), block_size * max(1, blocks // min(heads, blocks)), -(-k_len // block_size) * block_size
+
+
+def _block_sums(weights: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Sums `(heads, rows, keys)` over blocks; the last block of rows and of keys may be shorter."""
+    columns = torch.stack([part.sum(1) for part in weights.split(block_size, dim=1)], dim=1)
+    whole = columns.shape[-1] // block_size * block_size
+    sums = columns[..., :whole].unflatten(-1, (whole // block_size, block_size)).sum(-1) if whole else None
+    if whole == columns.shape[-1]:
+        return sums
+    tail = columns[..., whole:].sum(-1, keepdim=True)
+    return tail if sums is None else torch.cat([sums, tail], dim=-1)
+
+
 def _chunked_block_mass(
     query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor, block_size: int, scale: float
 ) -> torch.Tensor:
-    """Scores, exponential and sums for a few query blocks at a time, small enough to stay in cache on CPU."""
+    """Scores, exponential and sums tile by tile, in one buffer that stays in each core's cache on CPU."""
     batch, heads, q_len, dim = query.shape
     k_len = key.shape[2]
     dtype = accumulation_dtype(query.dtype)
-    on_cpu = query.device.type == "cpu"
-    operand = dtype if on_cpu else query.dtype
+    operand = dtype if query.device.type == "cpu" else query.dtype
     q = query.reshape(batch * heads, q_len, dim).to(operand)
     k = key.reshape(batch * heads, k_len, dim).to(operand).transpose(1, 2)
     offset = -lse.reshape(batch * heads, q_len, 1).to(dtype)
     q_blocks, k_blocks = -(-q_len // block_size), -(-k_len // block_size)
-    whole_keys = k_len // block_size * block_size
     mass = torch.empty(batch * heads, q_blocks, k_blocks, dtype=dtype, device=query.device)
-    budget = _CPU_CHUNK_BYTES if on_cpu else _ACCELERATOR_CHUNK_BYTES
-    tiles = max(1, budget // (block_size * k_len * mass.element_size()))
-    heads_per_chunk = min(batch * heads, tiles)
-    blocks_per_chunk = max(1, tiles // heads_per_chunk)
-    for head in range(0, batch * heads, heads_per_chunk):
-        some = slice(head, head + heads_per_chunk)
-        for first in range(0, q_blocks, blocks_per_chunk):
-            rows = slice(first * block_size, min((first + blocks_per_chunk) * block_size, q_len))
-            if operand == dtype:
-                weights = torch.baddbmm(offset[some, rows], q[some, rows], k[some], alpha=scale).exp_()
-            else:
-                weights = torch.bmm(q[some, rows], k[some]).to(dtype).mul_(scale).add_(offset[some, rows]).exp_()
-            for block in range(first, min(first + blocks_per_chunk, q_blocks)):
-                start = (block - first) * block_size
-                columns = weights[:, start : start + block_size].sum(1)
-                mass[some, block, : whole_keys // block_size] = (
-                    columns[:, :whole_keys].reshape(columns.shape[0], -1, block_size).sum(-1)
-                )
-                if whole_keys < k_len:
-                    mass[some, block, -1] = columns[:, whole_keys:].sum(-1)
+    some_heads, some_rows, some_keys = _tile(batch * heads, k_len, block_size, query)
+    buffer = torch.empty(some_heads * some_rows * min(some_keys, k_len), dtype=dtype, device=query.device)
+    for head in range(0, batch * heads, some_heads):
+        which = slice(head, min(head + some_heads, batch * heads))
+        for first_key in range(0, k_len, some_keys):
+            keys = slice(first_key, min(first_key + some_keys, k_len))
+            for first_row in range(0, q_len, some_rows):
+                rows = slice(first_row, min(first_row + some_rows, q_len))
+                sides = (which.stop - which.start, rows.stop - rows.start, keys.stop - keys.start)
+                weights = buffer[: math.prod(sides)].view(sides)
+                if operand == dtype:
+                    torch.baddbmm(offset[which, rows], q[which, rows], k[which, :, keys], alpha=scale, out=weights)
+                else:
+                    scores = torch.bmm(q[which, rows], k[which, :, keys]).to(dtype)
+                    torch.add(offset[which, rows], scores, alpha=scale, out=weights)
+                blocks = tuple(slice(s.start // block_size, -(-s.stop // block_size)) for s in (rows, keys))
+                mass[which, blocks[0], blocks[1]] = _block_sums(weights.exp_(), block_size)
     return mass.view(batch, heads, q_blocks, k_blocks)
