@@ -9,6 +9,7 @@ against cuDNN dense attention and needs a CUDA device.
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +32,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9])
     parser.add_argument("--rival-sparsity", type=float, default=0.8, help="sparsity of the rivals; negative: none")
-    parser.add_argument("--methods", nargs="+", default=["all"], help="rows of the bundle part by name, or all")
+    parser.add_argument(
+        "--methods", nargs="+", default=["all"], help="rows of the bundle part, by name or name:sparsity"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed repetitions of a step or kernel")
     parser.add_argument("--skip-clips", action="store_true", help="time single steps only, make no clips")
+    parser.add_argument("--skip-timing", action="store_true", help="make clips only, time no steps")
+    parser.add_argument(
+        "--clips-file", type=Path, help="JSON lines: a row per clip is added; clips in it are not redone"
+    )
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="sequence lengths for --part kernels")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--gpu-layers", type=int, default=2, help="full-width layers built for --part gpu")
@@ -50,4 +57,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--part gpu needs a CUDA device")
     if args.part in ("all", "gpu") and torch.cuda.is_available():
         rows += gpu_rows(args.gpu_layers, args.repeats)
-    return {"rows": rows, "arguments": {key: value for key, value in vars(args).items() if key != "output"}}
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output"}
+    return {"rows": rows, "arguments": given}

@@ -1,10 +1,12 @@
 """AdaSpa, VMoBA and rivals on a trained video model: clips compared pair by pair, single steps timed in turn."""
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +39,8 @@ class _Probe:
 
     def __call__(self, call: AttentionCall, state: LayerState, *args: Any, **kwargs: Any) -> torch.Tensor:
         out = self._plain(call, state, *args, **kwargs)
-        if current_step().step_index in self._steps:
+        step = current_step()
+        if step.step_index in self._steps and step.branch != "uncond":
             (query, key, value), _ = self._method._video_in_order(call)
             lse = attention_with_lse(query, key, value, call.scale)[1]
             mass = block_mass(query, key, lse, self._method._block_size(call), scale=call.scale)
@@ -52,11 +55,13 @@ class Contender:
     name: str
     setting: str
     build: Callable[[], Any]
-    psnr: list[float] = field(default_factory=list)
-    ssim: list[float] = field(default_factory=list)
-    recalls: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    clips: list[dict[str, Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a number over the clips that have it."""
+        values = [clip[name] for clip in self.clips if clip[name] is not None]
+        return statistics.mean(values) if values else None
 
 
 def _adaspa(**changes: Any) -> Callable[[], AdaSpaMethod]:
@@ -90,11 +95,16 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
         ]
     if "all" in args.methods:
         return rows
-    unknown = set(args.methods) - {row.name for row in rows}
+    unknown = set(args.methods) - {label for row in rows for label in _labels(row)}
     if unknown:
         known = ", ".join(dict.fromkeys(row.name for row in rows))
         raise ValueError(f"there is no method {sorted(unknown)[0]!r}; the methods are {known}")
-    return [row for row in rows if row.name in args.methods]
+    return [row for row in rows if _labels(row) & set(args.methods)]
+
+
+def _labels(row: Contender) -> set[str]:
+    """What `--methods` may call a row: its name, or name:sparsity."""
+    return {row.name, f"{row.name}:{row.setting.removeprefix('sparsity ')}"}
 
 
 def _clip(pipe: Any, prompt: str, args: argparse.Namespace) -> tuple[torch.Tensor, float]:
@@ -111,24 +121,53 @@ def _clip(pipe: Any, prompt: str, args: argparse.Namespace) -> tuple[torch.Tenso
     return (clip.float().cpu() * 255).round().to(torch.uint8), time.perf_counter() - start
 
 
-def _make_clips(pipe: Any, rows: list[Contender], args: argparse.Namespace) -> None:
+def _clip_key(args: argparse.Namespace, prompt: str, name: str, setting: str) -> dict[str, Any]:
+    facts = {"model": args.model, "prompt": prompt, "seed": args.seed, "steps": args.num_inference_steps}
+    return facts | {"guidance_scale": args.guidance_scale, "method": name, "setting": setting}
+
+
+def _known_clips(path: Path | None) -> list[dict[str, Any]]:
+    """Rows that an earlier run wrote; a last line that was cut off is left out."""
+    if path is None or not path.is_file():
+        return []
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _measure_clip(pipe: Any, prompt: str, row: Contender, dense: torch.Tensor, args: argparse.Namespace) -> dict:
     from dit_suite.evaluation.pairs import psnr, ssim
 
+    method = row.build()
     probes = {round(share * args.num_inference_steps) for share in _PROBES}
+    probe = _Probe(method, probes) if isinstance(method, AdaSpaMethod) else None
+    with SparseAttentionHandle(pipe, method) as handle:
+        clip, seconds = _clip(pipe, prompt, args)
+        density = handle.stats()["density"]
+    return {
+        "psnr": float(psnr(clip, dense).mean()),
+        "ssim": float(ssim(clip, dense).mean()),
+        "recall": statistics.mean(probe.recalls) if probe is not None and probe.recalls else None,
+        "density": density,
+        "seconds": seconds,
+    }
+
+
+def _make_clips(pipe: Any, rows: list[Contender], args: argparse.Namespace) -> None:
+    """Every method's clip of every prompt beside the dense one; with `--clips-file` a stopped run goes on."""
+    known = _known_clips(args.clips_file)
     for prompt in args.prompts:
-        dense, _ = _clip(pipe, prompt, args)
+        dense = None
         for row in rows:
-            method = row.build()
-            probe = _Probe(method, probes) if isinstance(method, AdaSpaMethod) else None
-            with SparseAttentionHandle(pipe, method) as handle:
-                clip, seconds = _clip(pipe, prompt, args)
-                stats = handle.stats()
-            row.psnr.append(float(psnr(clip, dense).mean()))
-            row.ssim.append(float(ssim(clip, dense).mean()))
-            row.seconds.append(seconds)
-            row.recalls += probe.recalls if probe is not None else []
-            row.facts["density"] = stats["density"]
-            print(f"{prompt}, {row.name}, {row.setting}: {row.psnr[-1]:.2f} dB, {seconds:.0f} s", flush=True)
+            key = _clip_key(args, prompt, row.name, row.setting)
+            measured = next((k for k in known if key.items() <= k.items()), None)
+            if measured is None:
+                dense = _clip(pipe, prompt, args)[0] if dense is None else dense
+                measured = _measure_clip(pipe, prompt, row, dense, args)
+                if args.clips_file is not None:
+                    with args.clips_file.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(key | measured) + "\n")
+            row.clips.append(measured)
+            print(f"{prompt}, {row.name}, {row.setting}: {measured['psnr']:.2f} dB", flush=True)
 
 
 @torch.no_grad()
@@ -181,7 +220,8 @@ def bundle_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = contenders(args)
     pipe = load_pipeline(args.model, device="cuda" if torch.cuda.is_available() else None)
     pipe.set_progress_bar_config(disable=True)
-    _time_steps(pipe, rows, args)
+    if not args.skip_timing:
+        _time_steps(pipe, rows, args)
     if not args.skip_clips:
         _make_clips(pipe, rows, args)
     return [
@@ -189,15 +229,16 @@ def bundle_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             "part": "bundle",
             "method": row.name,
             "setting": row.setting,
-            "density": row.facts.get("density"),
-            "step_speedup": row.facts["step_speedup"],
-            "step_cpu_speedup": row.facts["step_cpu_speedup"],
-            "dense_step_s": row.facts["dense_step_s"],
+            "density": row.mean("density"),
+            "step_speedup": row.facts.get("step_speedup"),
+            "step_cpu_speedup": row.facts.get("step_cpu_speedup"),
+            "dense_step_s": row.facts.get("dense_step_s"),
             "search_s_per_layer": row.facts.get("search_s_per_layer"),
-            "recall": statistics.mean(row.recalls) if row.recalls else None,
-            "psnr_mean": statistics.mean(row.psnr) if row.psnr else None,
-            "ssim_mean": statistics.mean(row.ssim) if row.ssim else None,
-            "clip_s": statistics.mean(row.seconds) if row.seconds else None,
+            "recall": row.mean("recall"),
+            "psnr_mean": row.mean("psnr"),
+            "ssim_mean": row.mean("ssim"),
+            "clip_s": row.mean("seconds"),
+            "clips": len(row.clips),
         }
         for row in rows
     ]
