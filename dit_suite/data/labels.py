@@ -1,6 +1,7 @@
 """The class labels of a picture set: one saved table, style x group."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,21 @@ class LabelTable:
             if value not in known:
                 raise ValueError(f"the label table has no {kind} {value!r}; it has {', '.join(known)}")
         return self.styles.index(style) * len(self.groups) + self.groups.index(group)
+
+    def narrowed(self, styles: Sequence[str] = (), groups: Sequence[str] = ()) -> "LabelTable":
+        """The table of some styles and groups (none named: all), in this table's order; the ids are counted anew.
+
+        Raises:
+            ValueError: a style or group that the table does not have.
+        """
+        for values, known, kind in ((styles, self.styles, "style"), (groups, self.groups, "group")):
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"the label table has no {kind} {value!r}; it has {', '.join(known)}")
+        return LabelTable(
+            tuple(name for name in self.styles if not styles or name in styles),
+            tuple(name for name in self.groups if not groups or name in groups),
+        )
 
     def names(self) -> dict[int, str]:
         """`{id: "style/group"}`, the form that pipelines keep as `id2label`."""

@@ -72,28 +72,37 @@ def decode_clip(data: bytes, where: str) -> torch.Tensor:
 
 
 def select_rows(rows: list[dict[str, Any]], section: DataSection, where: Path) -> list[dict[str, Any]]:
-    """The rows of a split and of the chosen styles.
+    """The rows of a split, of the chosen styles and of the chosen groups.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: a style or group that no row has, or nothing is left.
     """
+    chosen = {"style": section.styles, "group": section.groups}
+    for column, values in chosen.items():
+        known = {str(row[column]) for row in rows if row.get(column)}
+        for value in values:
+            if value not in known:
+                held = f"it has {', '.join(sorted(known)[:20])}" if known else f"its rows have no {column}"
+                raise ValueError(f"{where} has no {column} {value!r}; {held}")
     kept = [
         row
         for row in rows
         if section.split in ("all", row.get("split") or "train")
-        and (not section.styles or row.get("style") in section.styles)
+        and all(not values or row.get(column) in values for column, values in chosen.items())
     ]
     if not kept:
-        styles = f" with styles {', '.join(section.styles)}" if section.styles else ""
-        raise ValueError(f"{where} has no rows in split {section.split!r}{styles}")
+        picks = [f"{column} {' or '.join(values)}" for column, values in chosen.items() if values]
+        raise ValueError(f"{where} has no rows in split {section.split!r}{' with ' * bool(picks)}{' and '.join(picks)}")
     return kept
 
 
-def labels_of(rows: Sequence[Mapping[str, Any]], folder: Path) -> tuple[torch.Tensor | None, dict[int, str]]:
-    """Class ids and names from the folder's label table; (None, {}) when it has none."""
+def labels_of(
+    rows: Sequence[Mapping[str, Any]], folder: Path, section: DataSection
+) -> tuple[torch.Tensor | None, dict[int, str]]:
+    """Class ids and names by the folder's label table, cut to the chosen styles and groups; (None, {}) without one."""
     if not (folder / LABEL_FILE).is_file():
         return None, {}
-    table = LabelTable.load(folder)
+    table = LabelTable.load(folder).narrowed(section.styles, section.groups)
     ids = torch.tensor([table.id_of(row["style"], row["group"]) for row in rows])
     return ids, table.names()
 
@@ -291,7 +300,7 @@ def open_images(section: DataSection) -> ImageRows:
     shapes = {tuple(picture.shape) for picture in pictures}
     if len(shapes) > 1:
         raise ValueError(f"{path} holds pictures of several sizes, {sorted(shapes)[:3]}: set data.size")
-    labels, names = labels_of(rows, path.parent)
+    labels, names = labels_of(rows, path.parent, section)
     return ImageRows(torch.stack(pictures), section, labels, names, [captions_of(row) for row in rows])
 
 
@@ -300,7 +309,7 @@ def open_clips(section: DataSection) -> ClipRows:
     path = _table_file(section, "clips.parquet")
     rows = select_rows(read_rows(path), section, path)
     clips = _decode_all(rows, "clip", lambda data, row: decode_clip(data, f"{path}, row {row}"))
-    labels, names = labels_of(rows, path.parent)
+    labels, names = labels_of(rows, path.parent, section)
     return ClipRows(clips, section, labels, names, [captions_of(row) for row in rows])
 
 

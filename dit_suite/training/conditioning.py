@@ -143,6 +143,12 @@ class ActionCondition:
 
 
 def _class_condition(config: TrainConfig, source: Source, accepted: frozenset[str]) -> Conditioner:
+    declared = config.model.options.get("num_classes")
+    if config.condition.null_label is None and declared is not None and declared != source.num_classes:
+        raise ValueError(
+            f"model.options.num_classes is {declared}, but the data set has {source.num_classes} classes "
+            f"(the null class is the one after them)"
+        )
     return ClassCondition(accepted, source.num_classes, config.condition.null_label, config.condition.dropout)
 
 

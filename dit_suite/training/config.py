@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from dit_suite.options import Options, option
+from dit_suite.options import Options, fields_of, option
 
 TASKS = ("unconditional", "class-to-image", "class-to-video", "text-to-image", "text-to-video", "action-to-video")
 
@@ -57,6 +57,7 @@ class DataSection(Options):
     stride: int = option(1, "take every stride-th frame of a clip", minimum=1, maximum=64)
     count: int = option(4096, "rows of a procedural set", minimum=1)
     styles: tuple[str, ...] = option((), "only these styles (default: all)")
+    groups: tuple[str, ...] = option((), "only these groups (default: all)")
     captions: tuple[float, ...] = option((0.4, 0.6, 0.0), "odds of label, label + style, label + tags", minimum=0.0)
     translate: int = option(0, "random shift in pixels on white", minimum=0, maximum=64)
     flip: bool = option(False, "random horizontal flip (wrong for art with text or direction)")
@@ -114,6 +115,7 @@ class RunSection(Options):
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass")
     log_every: int = option(10, "steps between log lines", minimum=1)
     save_every: int = option(500, "steps between resumable states", minimum=1)
+    export_every: int = option(0, "steps between checkpoints kept in <output>/checkpoints; 0 keeps the last", minimum=0)
     preview_every: int = option(0, "steps between sample grids; 0 turns them off", minimum=0)
     preview_steps: int = option(20, "denoising steps of a sample grid", minimum=1)
     preview_count: int = option(8, "samples of a grid", minimum=1, maximum=256)
@@ -175,6 +177,7 @@ class TrainConfig:
             "max_minutes",
             "log_every",
             "save_every",
+            "export_every",
             "peak_tflops",
             "compile",
             "parallel",
@@ -216,6 +219,12 @@ def _part(key: str, value: Any) -> Part | None:
     )
 
 
+def _worded(section: type[Options], given: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML 1.1 reads the bare word `no` as false; an option with the choice "no" gets its word back."""
+    worded = {spec.name for spec in fields_of(section) if "no" in (spec.choices or ())}
+    return {key: "no" if value is False and key in worded else value for key, value in given.items()}
+
+
 def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
     """Builds and checks a config.
 
@@ -237,7 +246,7 @@ def config_from_dict(values: Mapping[str, Any]) -> TrainConfig:
         if not isinstance(given, Mapping):
             raise ValueError(f"{key} must be a mapping, got {given!r}")
         try:
-            built[key] = section.from_dict(given)
+            built[key] = section.from_dict(_worded(section, given))
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
     return TrainConfig(**built)

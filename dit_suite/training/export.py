@@ -47,7 +47,7 @@ def export(
         write_json(folder / "training.json", {"config": json.loads(config.identity()), **about})
         data = Path(config.data.path)
         if config.data.path and (data / LABEL_FILE).is_file():
-            LabelTable.load(data).save(folder)
+            LabelTable.load(data).narrowed(config.data.styles, config.data.groups).save(folder)
     return target
 
 

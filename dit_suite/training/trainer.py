@@ -274,6 +274,8 @@ class Trainer:
                 self._save()
             if run.preview_every and progress.step % run.preview_every == 0:
                 self._preview(progress.step, monitor)
+            if run.export_every and progress.step % run.export_every == 0:
+                self._export(config.output / "checkpoints" / f"step_{progress.step:08d}")
         return self._finish(monitor, collected, since)
 
     def _may_derive_total(self, timed: int) -> bool:
@@ -311,14 +313,18 @@ class Trainer:
         if self.progress.step > since:
             self._log(monitor, since)
         self._save()
+        target = self._export(self.config.output / "checkpoint", last_loss=last)
+        monitor.close()
+        return target
+
+    def _export(self, target: Path, **about: Any) -> Path:
+        """The averaged weights as a checkpoint folder."""
         tensors = network_tensors(self.bare, self.ema)
-        target = self.config.output / "checkpoint"
         if self.accelerator.is_main_process:
-            about = {"steps": self.progress.step, "planned_steps": self.progress.total, "last_loss": last}
+            about = {"steps": self.progress.step, "planned_steps": self.progress.total, **about}
             export(self.config, tensors, target, about, self.source.class_names)
             self.report(f"wrote {target}")
         self.accelerator.wait_for_everyone()
-        monitor.close()
         return target
 
 

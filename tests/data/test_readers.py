@@ -56,6 +56,25 @@ def test_splits_and_styles_select_rows(folder):
     assert len(noto) == 28 and noto.sample_shape == (3, 16, 16)
 
 
+def test_chosen_groups_and_styles_narrow_the_classes(folder):
+    section = DataSection(path=str(folder), split="all", styles=("noto", "fluent-3d"), groups=("food-drink",))
+    source = open_source(section)
+    rows = [row for row in read_rows(FIXTURE) if row["group"] == "food-drink" and row["style"] in ("fluent-3d", "noto")]
+    assert len(source) == len(rows) > 0
+    assert source.num_classes == 2 and source.class_names == {0: "fluent-3d/food-drink", 1: "noto/food-drink"}
+    assert source.labels.tolist() == [int(row["style"] == "noto") for row in rows]
+    with pytest.raises(ValueError, match="no group 'cutlery'; it has .*food-drink"):
+        open_source(DataSection(path=str(folder), groups=("cutlery",)))
+    with pytest.raises(ValueError, match="no style 'emojione'"):
+        open_source(DataSection(path=str(folder), styles=("emojione",)))
+    with pytest.raises(ValueError, match="no rows in split 'test' with style noto and group food-drink"):
+        open_source(DataSection(path=str(folder), split="test", styles=("noto",), groups=("food-drink",)))
+    table = LabelTable.load(folder)
+    assert table.narrowed() == table
+    with pytest.raises(ValueError, match="the label table has no group 'cutlery'"):
+        table.narrowed(groups=("cutlery",))
+
+
 def test_errors_are_clear(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="prepare_data.py"):
         open_source(DataSection(path=str(tmp_path / "nothing")))

@@ -108,6 +108,38 @@ def test_two_processes_equal_one(parallel, finished, tmp_path):
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
 
 
+def test_checkpoints_on_the_way_are_kept(finished, tmp_path):
+    config, folder = finished
+    target = Trainer(tiny(tmp_path / "run", export_every=4)).run()
+    assert curve(tmp_path / "run") == curve(folder)
+    kept = sorted((tmp_path / "run/checkpoints").iterdir())
+    assert [path.name for path in kept] == ["step_00000004", "step_00000008", "step_00000012"]
+    assert [json.loads((path / "training.json").read_text())["steps"] for path in kept] == [4, 8, 12]
+    first, last, end = (load_pipeline(path).transformer.state_dict() for path in (kept[0], kept[-1], target))
+    assert all(torch.equal(last[name], end[name]) for name in end)
+    assert any(not torch.equal(first[name], end[name]) for name in end)
+
+
+def test_bare_no_is_a_word(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(tiny_values(tmp_path)) + "")
+    assert load_config(path, ["run.precision=no"]).run.precision == "no"
+    assert load_config(path, ["run.precision=bf16"]).run.precision == "bf16"
+    path.write_text(path.read_text().replace("run:\n", "run:\n  precision: no\n"))
+    assert load_config(path).run.precision == "no"
+    with pytest.raises(ValueError, match="run: precision must be one of no, bf16, got 'fp32'"):
+        load_config(path, ["run.precision=fp32"])
+    with pytest.raises(ValueError, match="run: compile must be bool, got 'no'"):
+        load_config(path, ["run.compile='no'"])
+
+
+def test_number_of_classes_must_be_that_of_the_data(tmp_path):
+    values = tiny_values(tmp_path)
+    values["model"]["options"]["num_classes"] = 7
+    with pytest.raises(ValueError, match="num_classes is 7, but the data set has 16 classes"):
+        Trainer(config_from_dict(values))
+
+
 def test_other_settings_are_refused(finished):
     config, _ = finished
     changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=1e-4))
