@@ -147,6 +147,13 @@ def _rows_of_part(
     return rows
 
 
+def part_key(options: AnimationOptions, requirement: str, archive: Path) -> str:
+    """Changes whenever the rows of this package would change; the choice of packages does not matter."""
+    facts = {name: value for name, value in options.to_dict().items() if name != "parts"}
+    stated = json.dumps([facts, requirement, archive.stat().st_size], sort_keys=True)
+    return hashlib.sha256(stated.encode()).hexdigest()
+
+
 def build_anim64(
     output: Path,
     options: AnimationOptions,
@@ -173,8 +180,7 @@ def build_anim64(
             archive = fetch(package, cache, download)
             check_license(package, archive)
             part = output / "parts" / f"anim-{number}.parquet"
-            facts = [options.to_dict(), package.requirement, archive.stat().st_size]
-            key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+            key = part_key(options, package.requirement, archive)
             if not part.is_file() or table_metadata(part).get("key") != key:
                 write_table(part, _rows_of_part(archive, options, records, allowed, pool), SCHEMA, {"key": key})
             found = read_rows(part)

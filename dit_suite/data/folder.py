@@ -1,7 +1,9 @@
 """A user's own pictures or clips, turned into the tables that the trainer reads."""
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,14 @@ from dit_suite.data.cards import content_hash, count_lines
 from dit_suite.data.emoji64 import lossless_webp
 from dit_suite.data.labels import LabelTable
 from dit_suite.data.splits import split_of
-from dit_suite.data.tables import write_table, write_text
+from dit_suite.data.tables import read_rows, table_metadata, write_table, write_text
 from dit_suite.options import Options, option
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 CAPTION_FILE = "captions.jsonl"
 _STYLE = "photo"
+_PICTURES_A_PART, _VIDEOS_A_PART = 128, 8
 IMAGE_SCHEMA = pa.schema(
     [("image", pa.binary())] + [(name, pa.string()) for name in ("label", "group", "style", "file", "split")]
 )
@@ -28,6 +31,8 @@ CLIP_SCHEMA = pa.schema(
     [("clip", pa.binary()), ("num_frames", pa.int32())]
     + [(name, pa.string()) for name in ("label", "group", "style", "file", "split")]
 )
+IMAGE_PART_SCHEMA = pa.schema([("image", pa.binary()), ("file", pa.string())])
+CLIP_PART_SCHEMA = pa.schema([("clip", pa.binary()), ("num_frames", pa.int32()), ("file", pa.string())])
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,24 @@ def _collect(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 
 def _picture(path: Path, options: FolderOptions) -> dict[str, Any]:
+    with _named(path), Image.open(path) as picture:
+        picture.load()
+        return {"image": lossless_webp(centre_crop(picture, options.size))}
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return {"image": lossless_webp(centre_crop(picture, options.size))}
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        yield
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} can't be read as a picture: {error}") from None
+
+
+def _check_pictures(files: Sequence[Path]) -> None:
+    """Headers and checksums of all pictures, so that a broken one stops the build before it starts."""
+    for path in files:
+        with _named(path), Image.open(path) as picture:
+            picture.verify()
 
 
 def _video(path: Path, options: FolderOptions) -> dict[str, Any]:
@@ -110,13 +127,68 @@ def _video(path: Path, options: FolderOptions) -> dict[str, Any]:
     return {"clip": encode_clip(frames, 95, 42), "num_frames": len(frames)}
 
 
+def _part_key(files: Sequence[Path], source: Path, options: FolderOptions) -> str:
+    """Changes whenever the converted files would change: their names and bytes, and what the options do to them."""
+    assembled = ("heldout", "salt")
+    facts: list[Any] = [{name: value for name, value in options.to_dict().items() if name not in assembled}]
+    for path in files:
+        with path.open("rb") as file:
+            facts.append([path.relative_to(source).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _build_part(
+    files: Sequence[Path], source: Path, options: FolderOptions, convert: Callable[[Path, FolderOptions], dict]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Converted rows and what was left out."""
+    rows, broken = [], []
+    for path in files:
+        try:
+            rows.append(convert(path, options) | {"file": path.relative_to(source).as_posix()})
+        except ValueError as error:
+            if not options.skip_broken:
+                raise
+            broken.append(str(error))
+    return rows, broken
+
+
+def _converted(
+    files: Sequence[Path], source: Path, parts: Path, options: FolderOptions, report: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows of all files, converted in parts that a later call takes as they are, and how many were unreadable."""
+    videos = files[0].suffix.lower() in VIDEOS
+    convert, size = (_video, _VIDEOS_A_PART) if videos else (_picture, _PICTURES_A_PART)
+    schema = CLIP_PART_SCHEMA if videos else IMAGE_PART_SCHEMA
+    rows: list[dict[str, Any]] = []
+    unreadable, names = 0, set()
+    for number, first in enumerate(range(0, len(files), size)):
+        chunk = files[first : first + size]
+        part = parts / f"{'clips' if videos else 'images'}-{number:05d}.parquet"
+        key = _part_key(chunk, source, options)
+        if not part.is_file() or table_metadata(part).get("key") != key:
+            found, broken = _build_part(chunk, source, options, convert)
+            write_table(part, found, schema, {"key": key, "broken": json.dumps(broken)})
+            if len(files) > size:
+                report(f"{min(first + size, len(files))} of {len(files)} files")
+        broken = json.loads(table_metadata(part)["broken"])
+        for line in broken:
+            report(f"left out: {line}")
+        rows += read_rows(part)
+        unreadable += len(broken)
+        names.add(part.name)
+    for stale in parts.glob("*.parquet"):
+        if stale.name not in names:
+            stale.unlink()
+    return rows, unreadable
+
+
 def build_folder(
     source: Path,
     output: Path,
     options: FolderOptions,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Turns a folder of pictures or of videos into `images.parquet` or `clips.parquet`.
+    """Turns a folder of pictures or of videos into `images.parquet` or `clips.parquet`; a second call resumes by part.
 
     Labels: the sub-folder of a file (ImageFolder layout) is its class. Captions: `captions.jsonl` in the folder, else
     the sub-folder's name, else the file's name without its number.
@@ -136,31 +208,23 @@ def build_folder(
         )
     files = pictures or videos
     captions = read_captions(source, files)
-    rows, broken = [], 0
-    for file in files:
-        try:
-            row = _picture(file, options) if pictures else _video(file, options)
-        except ValueError as error:
-            if not options.skip_broken:
-                raise
-            broken += 1
-            report(f"left out: {error}")
-            continue
-        name = file.relative_to(source).as_posix()
+    if pictures and not options.skip_broken:
+        _check_pictures(files)
+    rows, broken = _converted(files, source, output / "parts", options, report)
+    if not rows:
+        raise ValueError(f"none of the {len(files)} files in {source} could be read")
+    for row in rows:
+        name = row["file"]
         group = name.split("/")[0] if "/" in name else "all"
-        fallback = group.replace("_", " ") if group != "all" else file.stem.rstrip("0123456789").strip("_- ")
+        fallback = group.replace("_", " ") if group != "all" else Path(name).stem.rstrip("0123456789").strip("_- ")
         row |= {
             "label": captions[name] if captions else fallback or "picture",
             "group": group,
             "style": _STYLE,
-            "file": name,
             "split": "heldout"
             if split_of(name, "", salt=options.salt, heldout=options.heldout, pairs=0) != "train"
             else "train",
         }
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"none of the {len(files)} files in {source} could be read")
     target = output / ("images.parquet" if pictures else "clips.parquet")
     schema = IMAGE_SCHEMA if pictures else CLIP_SCHEMA
     write_table(target, rows, schema, {"dataset": "folder", "options": json.dumps(options.to_dict(), sort_keys=True)})

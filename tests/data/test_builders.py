@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_suite.data.anim64 import clip_frames, encode_clip
+from dit_suite.data import folder as folder_builder
+from dit_suite.data.anim64 import AnimationOptions, clip_frames, encode_clip, part_key
 from dit_suite.data.folder import FolderOptions, build_folder, centre_crop
 from dit_suite.data.freedoom import BUTTONS, DepthPlayer, FreedoomOptions, build_freedoom, still_share
 from dit_suite.data.readers import decode_clip, open_source
@@ -65,6 +67,59 @@ def test_bad_folders_are_refused_before_anything_is_written(tmp_path):
     said = []
     build_folder(folder, tmp_path / "out", FolderOptions(size=16, skip_broken=True), said.append)
     assert len(read_rows(tmp_path / "out/images.parquet")) == 3 and "broken.png" in said[0]
+
+
+def test_killed_folder_build_goes_on_where_it_was(tmp_path, monkeypatch):
+    source = tmp_path / "in"
+    source.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), dtype=np.uint8)
+    for index, picture in enumerate(noise):
+        Image.fromarray(picture).save(source / f"item_{index:03d}.png")
+    options = FolderOptions(size=8)
+    build_folder(source, tmp_path / "whole", options)
+    dying = (
+        "import os, signal, sys; from pathlib import Path; from dit_suite.data import folder\n"
+        "convert, calls = folder._picture, []\n"
+        "def counted(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 200: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return convert(*arguments)\n"
+        "folder._picture = counted\n"
+        "folder.build_folder(Path(sys.argv[1]), Path(sys.argv[2]), folder.FolderOptions(size=8))\n"
+    )
+    command = [sys.executable, "-c", dying, str(source), str(tmp_path / "out")]
+    assert subprocess.run(command, cwd=ROOT, check=False, timeout=120).returncode == -signal.SIGKILL
+    assert not (tmp_path / "out/images.parquet").exists()
+    assert len(list((tmp_path / "out/parts").glob("images-*.parquet"))) == 1
+    convert, converted = folder_builder._picture, []
+
+    def counted(path, options):
+        converted.append(path.name)
+        return convert(path, options)
+
+    monkeypatch.setattr(folder_builder, "_picture", counted)
+    build_folder(source, tmp_path / "out", options)
+    assert len(converted) == 300 - 128 and converted[0] == "item_128.png"
+    for name in ("images.parquet", "README.md", "labels.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    # another split needs no new pictures; another file needs its part only; a part without files goes
+    build_folder(source, tmp_path / "out", FolderOptions(size=8, salt="other"))
+    assert len(converted) == 172
+    Image.new("RGB", (8, 8)).save(source / "item_140.png")
+    build_folder(source, tmp_path / "out", options)
+    assert len(converted) == 172 + 128
+    for path in sorted(source.iterdir())[100:]:
+        path.unlink()
+    assert len(read_rows(build_folder(source, tmp_path / "out", options))) == 100
+    assert len(list((tmp_path / "out/parts").iterdir())) == 1
+
+
+def test_packages_of_clips_are_kept_when_others_are_chosen(tmp_path):
+    archive = tmp_path / "a.tgz"
+    archive.write_bytes(b"1234")
+    one, all_four = AnimationOptions(parts=(1,)), AnimationOptions()
+    assert part_key(one, "p==1", archive) == part_key(all_four, "p==1", archive)
+    assert part_key(one, "p==1", archive) != part_key(AnimationOptions(parts=(1,), size=32), "p==1", archive)
 
 
 def test_video_folder_becomes_clips(tmp_path):
