@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import (
@@ -19,12 +18,18 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
 from dit_suite.models.dit import DiTModel
 from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
-from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, initial_noise
+from dit_suite.pipelines.sampling_mixins import (
+    ClassLabelsMixin,
+    LatentImagesMixin,
+    SamplingMixin,
+    check_positive,
+    check_size,
+    initial_noise,
+)
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
@@ -47,7 +52,7 @@ def read_labels(path: str | Path) -> dict[str, str]:
     return table
 
 
-class ClassToImagePipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
+class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline):
     """Generates pictures of classes, in pixel space (no `vae`) or in the latent space of any diffusers VAE.
 
     Args:
@@ -82,8 +87,7 @@ class ClassToImagePipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = None if id2label is None else {str(key): value for key, value in id2label.items()}
         self.register_to_config(id2label=names, prediction_type=prediction_type)
-        self.vae_scale_factor = 1 if vae is None else _spatial_factor(vae)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.attach_image_processor()
 
     @property
     def num_classes(self) -> int:
@@ -111,16 +115,12 @@ class ClassToImagePipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
     ) -> None:
         """Raises `ValueError` with one sentence for anything the call can't use."""
         config = self.transformer.config
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        check_positive(num_inference_steps=num_inference_steps)
         if guidance_scale > 1 and self.null_class is None:
             raise ValueError("this network has no null class, so it can't be guided: set guidance_scale to 1")
         if guidance_channels is not None and not 1 <= guidance_channels <= config.in_channels:
             raise ValueError(f"guidance_channels must be between 1 and {config.in_channels}, got {guidance_channels}")
-        multiple = self.vae_scale_factor * config.patch_size
-        for name, value in (("height", height), ("width", width)):
-            if value < multiple or value % multiple:
-                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
+        check_size(self.vae_scale_factor * config.patch_size, height=height, width=width)
         if height != width and isinstance(self.transformer, DiTTransformer2DModel):
             raise ValueError(f"diffusers' DiT class makes square pictures only, got {height}x{width}")
         shape = self._latent_shape(count, height, width)
@@ -140,10 +140,6 @@ class ClassToImagePipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
     def _output_channels(self) -> int:
         channels = getattr(self.transformer, "out_channels", None)
         return channels or self.transformer.config.in_channels
-
-    def _latent_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
-        factor = self.vae_scale_factor
-        return (count, self.transformer.config.in_channels, height // factor, width // factor)
 
     def prepare_latents(
         self,
@@ -279,13 +275,9 @@ class ClassToImagePipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
                     continue
                 prediction = self.predict(plan, step, latents, timestep, class_labels, guidance_channels)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {}
-                    for name in callback_inputs:
-                        tensors[name] = locals()[name]
-                    replaced = callback_on_step_end(self, index, timestep, tensors) or {}
-                    latents = replaced.pop("latents", latents)
-                    class_labels = replaced.pop("class_labels", class_labels)
+                latents, class_labels = self.after_step(
+                    callback_on_step_end, index, timestep, callback_inputs, latents=latents, class_labels=class_labels
+                )
                 if index + 1 == len(plan.steps) or plan.steps[index + 1].step_index > step.step_index:
                     progress_bar.update()
 
@@ -293,24 +285,7 @@ class ClassToImagePipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Pictures from latents `(B, C, h, w)`: through the VAE if there is one, else the latents are the pixels."""
-        if self.vae is not None:
-            config = self.vae.config
-            latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
-            latents = self.vae.decode(latents, return_dict=False)[0]
-        return self.image_processor.postprocess(latents, output_type=output_type)
-
-    def _default_size(self) -> int:
-        return self.transformer.config.sample_size * self.vae_scale_factor
-
 
 def _cache_context(model: ModelMixin, branch: str) -> contextlib.AbstractContextManager:
     """Tells diffusers' own caches which guidance branch runs, where the class supports them."""
     return model.cache_context(branch) if isinstance(model, CacheMixin) else contextlib.nullcontext()
-
-
-def _spatial_factor(vae: Any) -> int:
-    """Pixels per latent along one side."""
-    channels = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
-    return vae.config.get("spatial_compression_ratio") or 2 ** (len(channels) - 1)

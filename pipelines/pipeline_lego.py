@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 
 from dit_suite.models.lego import LegoTransformer2DModel
-from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, initial_noise
+from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, LatentImagesMixin, SamplingMixin, initial_noise
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
@@ -38,7 +37,7 @@ def window_weights(window: int, device: torch.device, dtype: torch.dtype) -> tor
     return ramp[:, None] * ramp[None]
 
 
-class LegoPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
+class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline):
     """Generates pictures of classes, or without condition, on any canvas.
 
     Args:
@@ -62,8 +61,7 @@ class LegoPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
-        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.attach_image_processor()
 
     @property
     def num_classes(self) -> int:
@@ -135,10 +133,6 @@ class LegoPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
         if self.vae is None and self.transformer.config.in_channels not in (1, 3) and output_type != "latent":
             raise ValueError("this network makes latents and the pipeline has no vae: ask for output_type='latent'")
-
-    def _latent_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
-        factor = self.vae_scale_factor
-        return (count, self.transformer.config.in_channels, height // factor, width // factor)
 
     def prepare_latents(
         self,
@@ -295,13 +289,9 @@ class LegoPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
                 latents = self.scheduler.churn(latents, generator, s_churn)
                 prediction = self.predict(plan, step, latents, class_labels, canvas)
                 latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {}
-                    for name in callback_inputs:
-                        tensors[name] = locals()[name]
-                    replaced = callback_on_step_end(self, index, timestep, tensors) or {}
-                    latents = replaced.pop("latents", latents)
-                    class_labels = replaced.pop("class_labels", class_labels)
+                latents, class_labels = self.after_step(
+                    callback_on_step_end, index, timestep, callback_inputs, latents=latents, class_labels=class_labels
+                )
                 if step.evaluation == 0:
                     progress_bar.update()
 
@@ -309,14 +299,3 @@ class LegoPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Pictures from latents `(B, C, h, w)`: through the VAE if there is one, else the latents are the pixels."""
-        if self.vae is not None:
-            config = self.vae.config
-            latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
-            latents = self.vae.decode(latents, return_dict=False)[0]
-        return self.image_processor.postprocess(latents, output_type=output_type)
-
-    def _default_size(self) -> int:
-        return self.transformer.config.sample_size * self.vae_scale_factor

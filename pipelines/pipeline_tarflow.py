@@ -226,13 +226,9 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
                     )
                 traces.append(trace)
                 latents = self.transformer.unpatchify(trace.prev_sample)
-                if callback_on_step_end is not None:
-                    tensors = {}
-                    for name in callback_inputs:
-                        tensors[name] = locals()[name]
-                    replaced = callback_on_step_end(self, index, timestep, tensors) or {}
-                    latents = replaced.pop("latents", latents)
-                    class_labels = replaced.pop("class_labels", class_labels)
+                latents, class_labels = self.after_step(
+                    callback_on_step_end, index, timestep, callback_inputs, latents=latents, class_labels=class_labels
+                )
 
         if denoising and not self.interrupt:
             with publish_step(StepContext(count, num_steps, 0.0, run=run)):

@@ -14,19 +14,25 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
 from dit_suite.models.pt_dit import PTDiTTransformer3DModel
-from dit_suite.pipelines.sampling_mixins import SamplingMixin, initial_noise
+from dit_suite.pipelines.sampling_mixins import (
+    LatentImagesMixin,
+    PromptMixin,
+    SamplingMixin,
+    check_positive,
+    check_size,
+    initial_noise,
+)
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
 from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 
 
-class TextToImagePipeline(SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin):
+class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     """Generates pictures from text, in pixel space (no `vae`) or in the latent space of any diffusers VAE.
 
     Args:
@@ -67,8 +73,7 @@ class TextToImagePipeline(SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin)
             max_sequence_length=max_sequence_length,
             text_encoder_source=text_encoder_source,
         )
-        self.vae_scale_factor = 1 if vae is None else _spatial_factor(vae)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.attach_image_processor()
 
     @classmethod
     def load_lora_into_transformer(cls, state_dict: dict[str, torch.Tensor], transformer: ModelMixin, **kwargs) -> None:
@@ -97,35 +102,13 @@ class TextToImagePipeline(SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin)
         callback_tensor_inputs: list[str],
     ) -> int:
         """Raises `ValueError` with one sentence for anything the call can't use; returns the number of pictures."""
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds, and not both")
-        if prompt is not None and not (
-            isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
-        ):
-            raise ValueError(f"prompt must be a string or a non-empty list of strings, got {prompt!r}")
-        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
-            raise ValueError(
-                "this pipeline has no text encoder: open it with dit_suite.load_pipeline, hand text_encoder= and "
-                "tokenizer= to from_pretrained, or pass prompt_embeds"
-            )
-        count = len(prompt_embeds) if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt)
-        if isinstance(negative_prompt, list) and len(negative_prompt) != count:
-            raise ValueError(f"negative_prompt has {len(negative_prompt)} entries for {count} prompts")
+        count = self.check_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         if prompt_embeds is not None and prompt_attention_mask is None:
             raise ValueError("prompt_embeds needs its prompt_attention_mask")
         if negative_prompt_embeds is not None and negative_prompt_attention_mask is None:
             raise ValueError("negative_prompt_embeds needs its negative_prompt_attention_mask")
-        shapes = [tuple(x.shape) for x in (prompt_embeds, negative_prompt_embeds) if x is not None]
-        if len(set(shapes)) > 1:
-            raise ValueError(f"prompt_embeds {shapes[0]} and negative_prompt_embeds {shapes[1]} must have one shape")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        multiple = self.vae_scale_factor * self.transformer.config.patch_size
-        for name, value in (("height", height), ("width", width)):
-            if value < multiple or value % multiple:
-                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
+        check_positive(num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps)
+        check_size(self.vae_scale_factor * self.transformer.config.patch_size, height=height, width=width)
         total = count * num_images_per_prompt
         shape = self._latent_shape(total, height, width)
         self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
@@ -136,19 +119,8 @@ class TextToImagePipeline(SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin)
         self, prompt: list[str], device: torch.device, max_sequence_length: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token states `(B, L, D)` and their mask `(B, L)` (1 for real tokens), padded to one length."""
-        tokens = self.tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=max_sequence_length or self.config.max_sequence_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(device)
-        states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        return states.to(self.transformer.dtype), tokens.attention_mask
-
-    def _latent_shape(self, total: int, height: int, width: int) -> tuple[int, int, int, int]:
-        factor = self.vae_scale_factor
-        return (total, self.transformer.config.in_channels, height // factor, width // factor)
+        states, mask = self.encode_tokens(prompt, device, max_sequence_length)
+        return states.to(self.transformer.dtype), mask
 
     def prepare_latents(
         self,
@@ -273,10 +245,8 @@ class TextToImagePipeline(SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin)
             prompts = [prompt] if isinstance(prompt, str) else prompt
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompts, device)
         if guidance and negative_prompt_embeds is None:
-            if self.text_encoder is None:
-                raise ValueError("guidance without a text encoder needs negative_prompt_embeds")
             count, length = prompt_embeds.shape[:2]
-            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
+            negatives = self.negative_texts(negative_prompt, count)
             negative_prompt_embeds, negative_prompt_attention_mask = self.encode_prompt(negatives, device, length)
         prompt_embeds, mask, negative_prompt_embeds, negative_mask = (
             None if states is None else states.to(device).repeat_interleave(num_images_per_prompt, dim=0)
@@ -309,14 +279,10 @@ class TextToImagePipeline(SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin)
                 dtype = latents.dtype
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
                 latents = latents.to(dtype)
-                if callback_on_step_end is not None:
-                    tensors = {}
-                    for name in callback_inputs:
-                        tensors[name] = locals()[name]
-                    replaced = callback_on_step_end(self, index, timestep, tensors) or {}
-                    latents = replaced.pop("latents", latents)
-                    prompt_embeds = replaced.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = replaced.pop("negative_prompt_embeds", negative_prompt_embeds)
+                latents, prompt_embeds, negative_prompt_embeds = self.after_step(
+                    callback_on_step_end, index, timestep, callback_inputs,
+                    latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+                )  # fmt: skip
                 last_of_step = index + 1 == len(plan.steps) or plan.steps[index + 1].step_index > step.step_index
                 if last_of_step:
                     progress_bar.update()
@@ -324,20 +290,3 @@ class TextToImagePipeline(SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin)
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
-        """Pictures from latents `(B, C, h, w)`: through the VAE if there is one, else the latents are the pixels."""
-        if self.vae is not None:
-            config = self.vae.config
-            latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
-            latents = self.vae.decode(latents, return_dict=False)[0]
-        return self.image_processor.postprocess(latents, output_type=output_type)
-
-    def _default_size(self) -> int:
-        return self.transformer.config.sample_size * self.vae_scale_factor
-
-
-def _spatial_factor(vae: Any) -> int:
-    """Pixels per latent along one side."""
-    channels = vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
-    return vae.config.get("spatial_compression_ratio") or 2 ** (len(channels) - 1)

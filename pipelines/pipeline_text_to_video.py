@@ -12,12 +12,12 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from diffusers.video_processor import VideoProcessor
 
 from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
-from dit_suite.pipelines.sampling_mixins import SamplingMixin, initial_noise
+from dit_suite.pipelines.sampling_mixins import PromptMixin, SamplingMixin, check_positive, check_size, initial_noise
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
 from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
 
 
-class TextToVideoPipeline(SamplingMixin, DiffusionPipeline, WanLoraLoaderMixin):
+class TextToVideoPipeline(PromptMixin, SamplingMixin, DiffusionPipeline, WanLoraLoaderMixin):
     """Generates clips from text.
 
     Args:
@@ -98,32 +98,8 @@ class TextToVideoPipeline(SamplingMixin, DiffusionPipeline, WanLoraLoaderMixin):
         callback_tensor_inputs: list[str],
     ) -> int:
         """Raises `ValueError` with one sentence for anything the call can't use; returns the number of clips."""
-        if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("give either prompt or prompt_embeds, and not both")
-        if prompt is not None and not (
-            isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
-        ):
-            raise ValueError(f"prompt must be a string or a non-empty list of strings, got {prompt!r}")
-        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
-            raise ValueError(
-                "this pipeline has no text encoder: open it with dit_suite.load_pipeline, hand text_encoder= and "
-                "tokenizer= to from_pretrained, or pass prompt_embeds"
-            )
-        count = len(prompt_embeds) if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt)
-        if isinstance(negative_prompt, list) and len(negative_prompt) != count:
-            raise ValueError(f"negative_prompt has {len(negative_prompt)} entries for {count} prompts")
-        if negative_prompt_embeds is not None and prompt_embeds is not None:
-            shapes = tuple(prompt_embeds.shape), tuple(negative_prompt_embeds.shape)
-            if shapes[0] != shapes[1]:
-                raise ValueError(
-                    f"prompt_embeds {shapes[0]} and negative_prompt_embeds {shapes[1]} must have one shape"
-                )
-        for name, value in (
-            ("num_videos_per_prompt", num_videos_per_prompt),
-            ("num_inference_steps", num_inference_steps),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        count = self.check_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        check_positive(num_videos_per_prompt=num_videos_per_prompt, num_inference_steps=num_inference_steps)
         self._check_size(num_frames, height, width)
         total = count * num_videos_per_prompt
         if image is not None:
@@ -135,10 +111,8 @@ class TextToVideoPipeline(SamplingMixin, DiffusionPipeline, WanLoraLoaderMixin):
 
     def _check_size(self, num_frames: int, height: int, width: int) -> None:
         patch = self.transformer.config.patch_size
-        for name, value, side in (("height", height, patch[1]), ("width", width, patch[2])):
-            multiple = side * self.vae_scale_factor_spatial
-            if value < multiple or value % multiple:
-                raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
+        check_size(patch[1] * self.vae_scale_factor_spatial, height=height)
+        check_size(patch[2] * self.vae_scale_factor_spatial, width=width)
         factor = self.vae_scale_factor_temporal
         if num_frames < 1 or (num_frames - 1) % factor:
             raise ValueError(f"num_frames must be 1 more than a multiple of {factor}, got {num_frames}")
@@ -163,15 +137,8 @@ class TextToVideoPipeline(SamplingMixin, DiffusionPipeline, WanLoraLoaderMixin):
         self, prompt: list[str], device: torch.device, max_sequence_length: int | None = None
     ) -> torch.Tensor:
         """Token states `(B, L, D)`, padded to one length, the states of padding zero."""
-        tokens = self.tokenizer(
-            prompt,
-            padding="max_length",
-            max_length=max_sequence_length or self.config.max_sequence_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(device)
-        states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        return (states * tokens.attention_mask[..., None]).to(self.transformer.dtype)
+        states, mask = self.encode_tokens(prompt, device, max_sequence_length)
+        return (states * mask[..., None]).to(self.transformer.dtype)
 
     def _latent_shape(self, total: int, num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
         frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
@@ -314,8 +281,7 @@ class TextToVideoPipeline(SamplingMixin, DiffusionPipeline, WanLoraLoaderMixin):
         callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         default = self.config.sample_size
         num_frames, height, width = num_frames or default[0], height or default[1], width or default[2]
-        if fps < 1:
-            raise ValueError(f"fps must be at least 1, got {fps}")
+        check_positive(fps=fps)
         total = self.check_inputs(
             prompt,
             negative_prompt,
@@ -340,10 +306,8 @@ class TextToVideoPipeline(SamplingMixin, DiffusionPipeline, WanLoraLoaderMixin):
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt([prompt] if isinstance(prompt, str) else prompt, device)
         if guidance and negative_prompt_embeds is None:
-            if self.text_encoder is None:
-                raise ValueError("guidance without a text encoder needs negative_prompt_embeds")
             count, length = prompt_embeds.shape[:2]
-            negatives = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
+            negatives = self.negative_texts(negative_prompt, count)
             negative_prompt_embeds = self.encode_prompt(negatives, device, length)
         prompt_embeds, negative_prompt_embeds = (
             None
@@ -373,14 +337,10 @@ class TextToVideoPipeline(SamplingMixin, DiffusionPipeline, WanLoraLoaderMixin):
                     plan, step, latents, timestep, conditions, self._guidance_scale, image_condition
                 )
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {}
-                    for name in callback_inputs:
-                        tensors[name] = locals()[name]
-                    replaced = callback_on_step_end(self, index, timestep, tensors) or {}
-                    latents = replaced.pop("latents", latents)
-                    prompt_embeds = replaced.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = replaced.pop("negative_prompt_embeds", negative_prompt_embeds)
+                latents, prompt_embeds, negative_prompt_embeds = self.after_step(
+                    callback_on_step_end, index, timestep, callback_inputs,
+                    latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds,
+                )  # fmt: skip
                 if index + 1 == len(plan.steps) or plan.steps[index + 1].step_index > step.step_index:
                     progress_bar.update()
 

@@ -1,11 +1,12 @@
-"""What the pipelines share: the properties that callbacks read, common checks, initial noise, and class labels."""
+"""What the pipelines share: callbacks, common checks, initial noise, text and class conditions, decoding."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
 
 from dit_suite.schedulers.generators import randn_per_sample
 
@@ -41,6 +42,15 @@ class SamplingMixin:
             names = callback.tensor_inputs
         return list(names or ["latents"])
 
+    def after_step(
+        self, callback: Callable | None, step_index: int, timestep: Any, names: Sequence[str], **tensors: Any
+    ) -> tuple[Any, ...]:
+        """The given tensors after the caller's callback saw those in `names` and replaced what it wanted, in order."""
+        if callback is None:
+            return tuple(tensors.values())
+        replaced = callback(self, step_index, timestep, {name: tensors[name] for name in names}) or {}
+        return tuple(replaced.get(name, tensor) for name, tensor in tensors.items())
+
     def check_sampling(
         self,
         shape: tuple[int, ...],
@@ -64,6 +74,101 @@ class SamplingMixin:
         unknown = [name for name in callback_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(f"callbacks can have {', '.join(self._callback_tensor_inputs)}, not {unknown[0]}")
+
+
+class LatentImagesMixin:
+    """For a `DiffusionPipeline` with a `transformer` and an optional `vae`: sizes, and pictures from latents."""
+
+    def attach_image_processor(self) -> None:
+        """Sets `vae_scale_factor` (pixels per latent along one side) and `image_processor`."""
+        self.vae_scale_factor = 1
+        if self.vae is not None:
+            config = self.vae.config
+            channels = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+            self.vae_scale_factor = config.get("spatial_compression_ratio") or 2 ** (len(channels) - 1)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+        """Pictures from latents `(B, C, h, w)`: through the VAE if there is one, else the latents are the pixels."""
+        if self.vae is not None:
+            config = self.vae.config
+            latents = latents.to(self.vae.dtype) / config.scaling_factor + (config.get("shift_factor") or 0.0)
+            latents = self.vae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(latents, output_type=output_type)
+
+    def _latent_shape(self, count: int, height: int, width: int) -> tuple[int, int, int, int]:
+        factor = self.vae_scale_factor
+        return (count, self.transformer.config.in_channels, height // factor, width // factor)
+
+    def _default_size(self) -> int:
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+
+class PromptMixin:
+    """For a `DiffusionPipeline` with an optional `text_encoder` and `tokenizer`."""
+
+    def check_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+    ) -> int:
+        """The number of prompts.
+
+        Raises:
+            ValueError: both or neither of prompt and prompt_embeds, a prompt that is not text, a missing text encoder,
+                or negatives that do not fit.
+        """
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("give either prompt or prompt_embeds, and not both")
+        if prompt is not None and not (
+            isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt))
+        ):
+            raise ValueError(f"prompt must be a string or a non-empty list of strings, got {prompt!r}")
+        if prompt is not None and (self.text_encoder is None or self.tokenizer is None):
+            raise ValueError(
+                "this pipeline has no text encoder: open it with dit_suite.load_pipeline, hand text_encoder= and "
+                "tokenizer= to from_pretrained, or pass prompt_embeds"
+            )
+        count = len(prompt_embeds) if prompt_embeds is not None else 1 if isinstance(prompt, str) else len(prompt)
+        if isinstance(negative_prompt, list) and len(negative_prompt) != count:
+            raise ValueError(f"negative_prompt has {len(negative_prompt)} entries for {count} prompts")
+        shapes = [tuple(x.shape) for x in (prompt_embeds, negative_prompt_embeds) if x is not None]
+        if len(set(shapes)) > 1:
+            raise ValueError(f"prompt_embeds {shapes[0]} and negative_prompt_embeds {shapes[1]} must have one shape")
+        return count
+
+    def encode_tokens(
+        self, prompt: list[str], device: torch.device, max_sequence_length: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token states `(B, L, D)` in the encoder's type and their mask `(B, L)`, padded to one length."""
+        tokens = self.tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=max_sequence_length or self.config.max_sequence_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(device)
+        states = self.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return states, tokens.attention_mask
+
+    def negative_texts(self, negative_prompt: str | list[str] | None, count: int) -> list[str]:
+        """One text per prompt to steer away from, by default the empty one.
+
+        Raises:
+            ValueError: there is no text encoder to read it.
+        """
+        if self.text_encoder is None:
+            raise ValueError("guidance without a text encoder needs negative_prompt_embeds")
+        return negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""] * count
+
+
+def check_size(multiple: int, **sides: int) -> None:
+    """Raises `ValueError` for the first side that is not a positive multiple of `multiple`, by its name."""
+    for name, value in sides.items():
+        if value < multiple or value % multiple:
+            raise ValueError(f"{name} must be a positive multiple of {multiple}, got {value}")
 
 
 def check_positive(**values: int) -> None:
