@@ -72,6 +72,9 @@ class RuleMethod(AdaSpaMethod):
             "sliding-tile": sliding_tile_score,
         }
 
+    def planned_searches(self, num_steps: int) -> int:
+        return 1
+
     def _phase(self, state: LayerState, step: int, searches: tuple[int, ...]) -> str:
         phase = super()._phase(state, step, searches[:1])
         return "cached" if phase == "sparse" and self._every_step else phase

@@ -96,6 +96,10 @@ class AdaSpaMethod:
             state.last_step = step.step_index
         return out
 
+    def planned_searches(self, num_steps: int) -> int:
+        """Searches of one layer in a run of `num_steps`, beside those that every sparse step holds."""
+        return len(self.config.searches(num_steps))
+
     def _phase(self, state: LayerState, step: int, searches: tuple[int, ...]) -> str:
         return adaspa.phase_of(state, step, searches)
 

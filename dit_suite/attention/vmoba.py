@@ -20,11 +20,16 @@ from dit_suite.options import Options, option
 
 KINDS = (1, 2, 3)
 _TARGET_BLOCKS = {1: 8, 2: 48, 3: 72}
+_FEWEST_BLOCKS, _TOKENS_PER_BLOCK = 8, 128
 
 
 @dataclass(frozen=True)
 class VMoBAConfig(Options):
-    """Options of VMoBA. Sides left at None are chosen from the grid (about 8, 48 and 72 blocks)."""
+    """Options of VMoBA.
+
+    Sides left at None are chosen from the grid: about 8, 48 and 72 blocks; fewer (but not below 8) where blocks would
+    hold less than 128 tokens.
+    """
 
     block_1d: float | None = option(None, "1D block length in frames (may be fractional)", minimum=1e-3, advanced=True)
     block_2d: tuple[int, ...] | None = option(None, "2D block: rows columns", minimum=1, advanced=True)
@@ -78,7 +83,8 @@ class VMoBAConfig(Options):
     def block(self, grid: Grid, kind: int) -> float | tuple[int, ...]:
         """Block sides of a kind on a grid."""
         given = {1: self.block_1d, 2: self.block_2d, 3: self.block_3d}[kind]
-        return auto_block(grid, kind, _TARGET_BLOCKS[kind]) if given is None else given
+        most = max(_FEWEST_BLOCKS, math.prod(grid) // _TOKENS_PER_BLOCK)
+        return auto_block(grid, kind, min(_TARGET_BLOCKS[kind], most)) if given is None else given
 
     def kept_blocks(self, kind: int, blocks: int) -> int:
         """k of top-k selection for a kind with this many blocks."""
@@ -87,7 +93,7 @@ class VMoBAConfig(Options):
         return max(1, min(blocks, round(self.topk_ratio * blocks)))
 
 
-def _select(query: torch.Tensor, key: torch.Tensor, parts: Partition, config: VMoBAConfig, kind: int) -> PairLists:
+def select(query: torch.Tensor, key: torch.Tensor, parts: Partition, config: VMoBAConfig, kind: int) -> PairLists:
     """Foreign pairs (own blocks left out) of every (sample, head, block)."""
     means = selection.block_means(key, parts.boundaries)
     k = config.kept_blocks(kind, parts.num_blocks)
@@ -136,7 +142,7 @@ def vmoba_attention(
         return (out, lse) if return_lse else out
     parts = partition_on(tuple(grid), config.block(grid, kind), query.device)
     query, key, value = (parts.permute(t, 2) for t in (query, key, value))
-    pairs = _select(query.detach(), key.detach(), parts, config, kind)
+    pairs = select(query.detach(), key.detach(), parts, config, kind)
     out, lse = attend_pairs(query, key, value, parts, pairs, scale, config.empty_selection)
     if counter is not None:
         full = config.empty_selection == "full" and pairs.total == 0

@@ -23,10 +23,13 @@ class PairLists:
     Attributes:
         rows: int64 `(pairs,)`, sorted by expert and then by token.
         counts: int64 `(experts,)`, rows of each expert.
+        places: int64 `(pairs,)` where every row has equally many pairs: where each pair stands when pairs are listed
+            row by row. None where rows differ.
     """
 
     rows: torch.Tensor
     counts: torch.Tensor
+    places: torch.Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -52,7 +55,7 @@ def pairs_from_indices(chosen: torch.Tensor, blocks: int) -> PairLists:
     expert = (head * blocks + chosen).flatten()
     order = torch.argsort(expert, stable=True)
     counts = torch.bincount(expert, minlength=batch * heads * blocks)
-    return PairLists(order.div(max(k, 1), rounding_mode="floor"), counts)
+    return PairLists(order.div(max(k, 1), rounding_mode="floor"), counts, order)
 
 
 def _experts(pairs: PairLists, boundaries: torch.Tensor, tokens: int) -> Iterator[tuple[slice, slice]]:
@@ -120,7 +123,10 @@ def _foreign_varlen(
         return_aux=AuxRequest(lse=True),
         scale=scale,
     )
-    return out[:, 0], lse.reshape(-1)[: pairs.total]
+    out, lse = out[:, 0], lse.reshape(-1)[: pairs.total]
+    if pairs.places is None:
+        return out, lse
+    return out.new_empty(out.shape).index_copy_(0, pairs.places, out), lse.index_copy(0, pairs.places, lse)
 
 
 def _varlen_lengths(
@@ -143,13 +149,17 @@ def _foreign_loop(
     pairs: PairLists,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One attention per expert with exactly the queries that chose it."""
+    """One attention per expert with exactly the queries that chose it. Pairs come back row by row if they can."""
     out = query.new_empty(pairs.total, query.shape[-1])
     lse = torch.empty(pairs.total, dtype=accumulation_dtype(query.dtype), device=query.device)
     for chosen, keys in _experts(pairs, boundaries, int(boundaries[-1])):
         q = query.index_select(0, pairs.rows[chosen])
         part, part_lse = attention_with_lse(q[None, None], key[None, None, keys], value[None, None, keys], scale)
-        out[chosen], lse[chosen] = part[0, 0], part_lse[0, 0]
+        if pairs.places is None:
+            out[chosen], lse[chosen] = part[0, 0], part_lse[0, 0]
+        else:
+            out.index_copy_(0, pairs.places[chosen], part[0, 0])
+            lse.index_copy_(0, pairs.places[chosen], part_lse[0, 0].to(lse.dtype))
     return out, lse
 
 
@@ -164,6 +174,19 @@ def _merge(
     total = own_weight.index_add(0, rows, part_weight)
     out = (own.to(dtype) * own_weight[:, None]).index_add_(0, rows, part.to(dtype) * part_weight[:, None])
     return out / total[:, None], peak + torch.log(total)
+
+
+def _merge_rows(
+    own: torch.Tensor, own_lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_merge` for parts listed row by row, equally many for each row: no scatter."""
+    lses = torch.cat([own_lse[:, None], part_lse.to(own_lse.dtype).view(own_lse.shape[0], -1)], dim=1)
+    total = torch.logsumexp(lses, dim=1)
+    weights = torch.exp(lses - total[:, None])
+    parts = part.to(own_lse.dtype).view(own.shape[0], -1, own.shape[1])
+    return torch.baddbmm(own.to(own_lse.dtype)[:, None] * weights[:, :1, None], weights[:, None, 1:], parts)[
+        :, 0
+    ], total
 
 
 def _backward_of(
@@ -231,7 +254,10 @@ class PairAttention(torch.autograd.Function):
         if pairs.total:
             foreign = _foreign_varlen if _varlen_available(query) else _foreign_loop
             part, part_lse = foreign(flat_q, flat_k, flat_v, boundaries, pairs, scale)
-            out, lse = _merge(out, lse, part, part_lse, pairs.rows)
+            if pairs.places is None:
+                out, lse = _merge(out, lse, part, part_lse, pairs.rows)
+            else:
+                out, lse = _merge_rows(out, lse, part, part_lse)
         out = out.to(query.dtype)
         ctx.save_for_backward(flat_q, flat_k, flat_v, out, lse, boundaries)
         ctx.pairs, ctx.scale, ctx.shape = pairs, scale, query.shape

@@ -2,27 +2,35 @@
 
 `--data game` plays the built-in moving-square game; a folder is recorded play (`scripts/prepare_data.py freedoom`),
 whose held-out episodes are used. A small inverse-dynamics network, trained here on real frames and held to 90 % on real
-held-out frames, judges whether the generated frames follow the actions.
+held-out frames, judges whether the generated frames follow the actions; a worse one judges nothing. On recorded
+first-person play it is asked for the turn only (see `dit_suite.evaluation.rollout`).
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dit_suite.evaluation.rollout import (
+    InverseDynamics,
+    JudgeError,
     RolloutOptions,
+    accuracy,
     action_following,
     closeness,
     roll_out,
     train_inverse_dynamics,
     transitions,
+    turn_classes,
     visible,
 )
 
 NAME = "rollout"
+STILL = 0
 Clips = tuple[torch.Tensor, torch.Tensor]
+Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rollout-steps", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--num-inference-steps", type=int, nargs="*", default=[], help="default: as trained")
     parser.add_argument("--judge-steps", type=int, default=600, help="training steps of the inverse dynamics")
-    parser.add_argument("--judge-clips", type=int, default=600, help="real clips that train it")
+    parser.add_argument("--judge-pairs", type=int, default=3000, help="real frame pairs that train it")
+    parser.add_argument("--judge-labels", choices=("auto", "all", "turn"), default="auto", help="what it must tell")
     parser.add_argument("--device", default="cpu")
 
 
@@ -60,49 +69,86 @@ def recorded_clips(folder: str, split: str, count: int, frames: int, num_actions
     return fetched["samples"], vectors
 
 
-def open_clips(args: argparse.Namespace, frames: int, num_actions: int) -> tuple[Clips, Clips, Clips, int | None]:
-    """Real clips to compare with, to train the judge, to hold it to; and the action that changes nothing, if known."""
-    if args.data == "game":
-        return game_clips(args.clips, frames, 101), game_clips(args.judge_clips, 6, 102), game_clips(100, 6, 103), 0
-    if not Path(args.data).is_dir():
-        raise FileNotFoundError(f"there is no folder {args.data}")
-    test = recorded_clips(args.data, "heldout", args.clips, frames, num_actions)
-    train = recorded_clips(args.data, "train", args.judge_clips, 6, num_actions)
-    return test, train, recorded_clips(args.data, "heldout", 150, 6, num_actions), None
+@dataclass(frozen=True)
+class Judge:
+    """Real frame pairs of a game and what is to be told from them.
+
+    Attributes:
+        train, held_out: real pairs `(before, after, class)`.
+        names: of the classes.
+        classes: class of every action, int64.
+        still: action `STILL` changes nothing, and pairs in which another action changes nothing are left out.
+    """
+
+    train: Pairs
+    held_out: Pairs
+    names: tuple[str, ...]
+    classes: torch.Tensor
+    still: bool
 
 
-def _judged(clips: Clips, still: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    pairs = transitions(*clips)
-    if still is None:
-        return pairs
-    seen = visible(*pairs, still_action=still)
-    return tuple(part[seen] for part in pairs)
+def classified(clips: Clips, classes: torch.Tensor, still: bool, real: torch.Tensor | None = None) -> Pairs:
+    """Frame pairs of clips with their classes; what is visible is decided on `real` (default: the clips themselves)."""
+    video, actions = clips
+    pairs = transitions(video, actions)
+    if still:
+        seen = visible(*transitions(video if real is None else real, actions), still_action=STILL)
+        pairs = tuple(part[seen] for part in pairs)
+    return pairs[0], pairs[1], classes[pairs[2]]
+
+
+def open_judge(args: argparse.Namespace, action_names: tuple[str, ...]) -> Judge:
+    """The frame pairs that train and hold the judge."""
+    game = args.data == "game"
+    turning = args.judge_labels == "turn" or (args.judge_labels == "auto" and not game)
+    names, classes = action_names, torch.arange(len(action_names))
+    if turning:
+        names, classes = turn_classes(action_names)
+    if game:
+        train, held_out = game_clips(max(1, args.judge_pairs // 5), 6, 102), game_clips(100, 6, 103)
+    else:
+        train = recorded_clips(args.data, "train", args.judge_pairs, 2, len(action_names))
+        held_out = recorded_clips(args.data, "heldout", 1000, 2, len(action_names))
+    return Judge(classified(train, classes, game), classified(held_out, classes, game), names, classes, game)
+
+
+def train_judge(judge: Judge, steps: int) -> InverseDynamics:
+    """The inverse-dynamics network for these pairs."""
+    reach = 0 if judge.still else judge.train[0].shape[-1] // 4
+    return train_inverse_dynamics(judge.train, len(judge.names), steps=steps, reach=reach)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """One row per number of passes and rollout step."""
     import dit_suite
 
+    if args.data != "game" and not Path(args.data).is_dir():
+        raise FileNotFoundError(f"there is no folder {args.data}")
     pipe = dit_suite.load_pipeline(args.model, device=args.device)
     pipe.set_progress_bar_config(disable=True)
     steps = tuple(args.rollout_steps)
     length = 1 + max(steps)
-    (video, actions), train, held_out, still = open_clips(args, length, pipe.transformer.config.num_actions)
-    judge = train_inverse_dynamics(_judged(train, still), actions.shape[-1], steps=args.judge_steps)
+    names = tuple(pipe.config.action_names)
+    if args.data == "game":
+        video, actions = game_clips(args.clips, length, 101)
+    else:
+        video, actions = recorded_clips(args.data, "heldout", args.clips, length, len(names))
+    judge = open_judge(args, names)
+    network = train_judge(judge, args.judge_steps)
     real = video[:, :, 1:]
     floor = closeness(video[:, :, :1].expand_as(real), real, steps)
     rows = []
     for passes in args.num_inference_steps or [pipe.config.default_steps]:
         options = RolloutOptions(steps=steps, num_inference_steps=passes, batch_size=32)
         predicted = roll_out(pipe, video, actions, options).cpu()
-        walked = torch.cat([video[:, :, :1], predicted], dim=2)
-        near = min(8, length - 1)
-        first = walked[:, :, : near + 1], actions[:, : near + 1]
-        known = transitions(video[:, :, : near + 1], first[1])
-        keep = slice(None) if still is None else visible(*known, still_action=still)
-        generated = tuple(part[keep] for part in transitions(*first))
-        following = action_following(judge, _judged(held_out, still), generated)
+        near = slice(0, min(9, length))
+        walked = torch.cat([video[:, :, :1], predicted], dim=2)[:, :, near]
+        generated = classified((walked, actions[:, near]), judge.classes, judge.still, video[:, :, near])
         for row, flat in zip(closeness(predicted, real, steps), floor, strict=True):
             rows.append({"passes": passes, **row, "psnr_of_still": flat["psnr"]})
-        rows[-len(steps)] |= following
-    return {"model": args.model, "data": args.data, "clips": len(video), "rows": rows}
+        try:
+            rows[-len(steps)] |= action_following(network, judge.held_out, generated)
+        except JudgeError:
+            rows[-len(steps)] |= {"judge_accuracy": accuracy(network, judge.held_out), "action_following": None}
+    about = {"judge_classes": list(judge.names), "judge_pairs": [len(judge.train[2]), len(judge.held_out[2])]}
+    return {"model": args.model, "data": args.data, "clips": len(video), **about, "rows": rows}

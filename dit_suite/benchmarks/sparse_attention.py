@@ -4,8 +4,9 @@
 bundle` takes the bundled clip generator: each method makes the same clip (same prompt, same noise) as the dense model
 (PSNR, SSIM, exact recall at probed steps), and single steps are timed in turn with the dense step, so that a busy
 machine slows all alike (`step_speedup` is the median ratio of wall times, `step_cpu_speedup` of CPU times; a search is
-timed apart, per layer). `--part gpu` times full-width layers of Wan 2.1 1.3B and HunyuanVideo with random weights
-against cuDNN dense attention and needs a CUDA device.
+timed apart, per layer; `run_speedup` puts dense steps, searches and sparse steps together). `--part lengths` times
+steps of shorter clips, which shows from which length on a method gains. `--part gpu` times full-width layers of Wan 2.1
+1.3B and HunyuanVideo with random weights against cuDNN dense attention and needs a CUDA device.
 """
 
 import argparse
@@ -14,12 +15,12 @@ from typing import Any
 
 import torch
 
-from dit_suite.benchmarks.sparse_bundle import bundle_rows
+from dit_suite.benchmarks.sparse_bundle import bundle_rows, length_rows
 from dit_suite.benchmarks.sparse_gpu import gpu_rows
 from dit_suite.benchmarks.sparse_kernels import kernel_rows
 
 NAME = "sparse-attention"
-PARTS = ("kernels", "bundle", "gpu")
+PARTS = ("kernels", "bundle", "lengths", "gpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--clips-file", type=Path, help="JSON lines: a row per clip is added; clips in it are not redone"
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096], help="sequence lengths for --part kernels")
+    sizes = ["8x32x32", "16x32x32", "16x32x64", "16x64x64"]
+    parser.add_argument("--sizes", nargs="+", default=sizes, help="FRAMESxHEIGHTxWIDTH of clips for --part lengths")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--gpu-layers", type=int, default=2, help="full-width layers built for --part gpu")
 
@@ -53,6 +56,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows += kernel_rows(args.lengths, args.densities, args.repeats)
     if args.part in ("all", "bundle"):
         rows += bundle_rows(args)
+    if args.part == "lengths":
+        rows += length_rows(args)
     if args.part == "gpu" and not torch.cuda.is_available():
         raise ValueError("--part gpu needs a CUDA device")
     if args.part in ("all", "gpu") and torch.cuda.is_available():

@@ -12,6 +12,8 @@ from dit_suite.attention.adaspa import row_budget
 from dit_suite.attention.block_mass import block_mass
 from dit_suite.attention.block_sparse import block_sparse_attention, choose_backend, table_from_mask
 from dit_suite.attention.merge import attention_with_lse
+from dit_suite.attention.partition import Grid, partition_on
+from dit_suite.attention.vmoba import KINDS, VMoBAConfig, select, vmoba_attention
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[tuple[float, float]]]:
@@ -44,6 +46,26 @@ def random_table(heads: int, length: int, block: int, density: float, device: st
     return table_from_mask(kept.to(device))
 
 
+def cube_like(length: int) -> Grid:
+    """The grid (frames, rows, columns) of `length` tokens whose sides are closest to each other."""
+    sides = [n for n in range(1, length + 1) if length % n == 0]
+    grids = [(a, b, length // (a * b)) for a in sides for b in sides if length // a % b == 0]
+    return min(grids, key=lambda grid: (max(grid) / min(grid), grid))
+
+
+def _vmoba_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """VMoBA's three kinds of layer, training-free, and what selection alone takes of each."""
+    config = VMoBAConfig.training_free()
+    grid = cube_like(query.shape[2])
+    runs: dict[str, Callable[[], Any]] = {}
+    for layer, kind in enumerate(KINDS):
+        parts = partition_on(grid, config.block(grid, kind), query.device)
+        in_order = [parts.permute(t, 2) for t in (query, key)]
+        runs[f"vmoba-{kind}d"] = lambda i=layer: vmoba_attention(query, key, value, grid, config, i)
+        runs[f"vmoba-{kind}d-selection"] = lambda qk=in_order, p=parts, n=kind: select(*qk, p, config, n)
+    return runs
+
+
 def kernel_rows(lengths: list[int], densities: list[float], repeats: int) -> list[dict[str, Any]]:
     """One row per length, density and backend: milliseconds, gain over dense, largest error to the dense mask."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,6 +90,7 @@ def kernel_rows(lengths: list[int], densities: list[float], repeats: int) -> lis
                 runs[f"{backend} {density}"] = lambda q=query, k=key, v=value, t=table, b=backend: (
                     block_sparse_attention(q, k, v, *t, block, backend=b)
                 )
+        runs |= _vmoba_runs(query, key, value)
         times = interleaved(runs, repeats)
         for name, taken in times.items():
             backend, _, density = name.partition(" ")

@@ -95,7 +95,8 @@ def test_the_kernel_benchmark_reports_errors_and_gains():
     module.add_arguments(parser)
     args = parser.parse_args(["--part", "kernels", "--lengths", "512", "--densities", "0.25", "--repeats", "1"])
     rows = module.run(args)["rows"]
-    assert [row["method"] for row in rows] == ["dense", "search", "grouped"]
+    vmoba = [f"vmoba-{n}d{part}" for n in (1, 2, 3) for part in ("", "-selection")]
+    assert [row["method"] for row in rows] == ["dense", "search", "grouped", *vmoba]
     assert rows[0]["step_speedup"] == 1.0
     assert rows[2]["max_error"] < 1e-5
     assert all(row["ms"] > 0 for row in rows)

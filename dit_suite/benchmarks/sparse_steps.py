@@ -1,0 +1,76 @@
+"""Single network passes of a trained video model, dense and with each method, timed in turn."""
+
+import argparse
+import math
+import statistics
+from typing import Any
+
+import torch
+
+from dit_suite.attention.adaspa import AdaSpaConfig
+from dit_suite.attention.methods import VMoBAMethod
+from dit_suite.attention.plugin import SparseAttentionHandle
+from dit_suite.benchmarks.sparse_contenders import Contender
+from dit_suite.benchmarks.sparse_kernels import interleaved, median_ratio
+from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+
+
+def _run_facts(method: Any, steps: int, layers: int, dense: float, sparse: float, search: float) -> dict[str, float]:
+    """Gain over a whole run and the searches' share of it, put together from the measured parts."""
+    if isinstance(method, VMoBAMethod):
+        dense_steps, searches = math.ceil(method.config.dense_first_steps * steps - 1e-9), 0
+    else:
+        due = method.config.searches(steps)
+        dense_steps, searches = due[0] + 1, method.planned_searches(steps)
+    searching = layers * searches * search
+    total = dense * dense_steps + sparse * (steps - dense_steps) + searching
+    return {"run_speedup": steps * dense / total, "search_share": searching / total}
+
+
+@torch.no_grad()
+def time_steps(
+    pipe: Any, rows: list[Contender], args: argparse.Namespace, size: tuple[int, int, int] | None = None
+) -> None:
+    """Times one network pass at the middle of a run, dense and with each method, in turn; fills `row.facts`.
+
+    The input is half-way noise of `size` (frames, height, width; default: the checkpoint's); every method searches (or
+    builds its table) on that same input first. The gain of a run assumes the default schedule of searches.
+    """
+    device, network = pipe.device, pipe.transformer
+    generator = torch.Generator().manual_seed(args.seed)
+    shape = pipe._latent_shape(1, *(size or pipe.config.sample_size))
+    given = {
+        "hidden_states": torch.randn(shape, generator=generator).to(device, network.dtype),
+        "encoder_hidden_states": pipe.encode_prompt([args.prompts[0]], device),
+        "timestep": torch.full((1,), 600.0, device=device),
+    }
+    steps = args.num_inference_steps
+    middle, first = steps // 2, AdaSpaConfig().searches(steps)[0]
+    dense_run = Run()
+
+    def forward(index: int, key: Run) -> None:
+        with publish_step(StepContext(index, steps, 600.0, "cond", run=key)):
+            network(**given, return_dict=False)
+
+    for row in rows:
+        method = row.build()
+        key = Run()
+
+        def sparse(method: Any = method, key: Run = key) -> None:
+            with SparseAttentionHandle(pipe, method, keep_state=True):
+                forward(middle, key)
+
+        with SparseAttentionHandle(pipe, method, keep_state=True) as handle:
+            forward(first, key)
+            layers = handle.stats()["layers"]
+        search = statistics.median(layer.get("search_seconds", 0.0) for layer in layers)
+        times = interleaved({"dense": lambda: forward(middle, dense_run), "sparse": sparse}, args.repeats)
+        seconds = {name: statistics.median(t[0] for t in taken) for name, taken in times.items()}
+        row.facts |= {
+            "step_speedup": median_ratio(times["dense"], times["sparse"], 0),
+            "step_cpu_speedup": median_ratio(times["dense"], times["sparse"], 1),
+            "dense_step_s": seconds["dense"],
+            "search_s_per_layer": search or None,
+        }
+        row.facts |= _run_facts(method, steps, len(layers), seconds["dense"], seconds["sparse"], search)
+        print(f"step, {row.name}, {row.setting}: {row.facts['step_speedup']:.2f}x", flush=True)
