@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 after one sentence about a bad input."""
     modules = discover()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="run every benchmark with its default options")
+    parser.add_argument("--all", action="store_true", help="run every benchmark that does not take hours")
     parser.add_argument("--output", type=Path, help="folder for the JSON files")
     commands = parser.add_subparsers(dest="name", metavar="NAME")
     parsers = {}
@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.all == (args.name is not None):
         parser.error("give either the name of a benchmark or --all")
     try:
-        for name in modules if args.all else [args.name]:
+        short = [name for name, module in modules.items() if not getattr(module, "LONG", False)]
+        for name in short if args.all else [args.name]:
             run_one(modules[name], parsers[name].parse_args([]) if args.all else args, args.output)
     except (ValueError, FileNotFoundError) as error:
         print(f"benchmark.py: {error}", file=sys.stderr)

@@ -4,12 +4,13 @@
         --prompts-file prompts.txt --num-inference-steps 20 --epochs 4 --output outputs/grafted
 
 Stage 1 needs no data set: the original samples the prompts, and every new operator learns from the activations that
-pass by. A run that was stopped goes on when the same command is given again. Stage 2 is the ordinary trainer
-(`scripts/train.py`) on the folder that this writes; a plan that only pairs blocks has nothing to distil in stage 1.
+pass by. A run that was stopped goes on when the same command is given again. Stage 2 is the ordinary trainer on the
+folder that this writes:
+
+    python scripts/train.py --config configs/graft_stage2.yaml model.from=outputs/grafted --max-minutes 30
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -52,70 +53,23 @@ def _conditions(args: argparse.Namespace) -> tuple[Any, ...]:
     return tuple(args.prompts or args.class_labels or ())
 
 
-def distil(pipe: Any, distiller: Any, job: Any, epochs: int, state: Path, deadline: float | None) -> int:
-    """Samples every batch of every epoch that is not done yet; returns the number done in all."""
-    from dit_suite.sampling import batches, sample_batch
-
-    count = len(job.conditions)
-    todo = [range(e * count + part.start, e * count + part.stop) for e in range(epochs)
-            for part in batches(count, job.batch_size)]  # fmt: skip
-    done = distiller.load(state) if state.is_file() else 0
-    with distiller:
-        for number, indices in enumerate(todo[done:], start=done + 1):
-            if deadline is not None and time.monotonic() > deadline:
-                break
-            sample_batch(pipe, job, indices)
-            distiller.save(state, number)
-            done = number
-            mean = sum(row["relative_error"] for row in distiller.report()) / max(1, len(distiller.students))
-            print(f"batch {number} of {len(todo)}: mean relative error {mean:.3f}", flush=True)
-    return done
-
-
 def run(args: argparse.Namespace, checkpoint: Any) -> int:
     """Grafts as the arguments say."""
-    import torch
-
-    from dit_suite.grafting.distill import Distiller
-    from dit_suite.grafting.models import graft
-    from dit_suite.grafting.plan import GraftPlan, count_parameters
-    from dit_suite.grafting.surgery import block_list
-    from dit_suite.sampling import SamplingJob, open_job
+    from dit_suite.grafting.stage1 import graft_checkpoint
+    from dit_suite.sampling import SamplingJob
 
     row, config = checkpoint.technique, DistillConfig.from_namespace(args)
-    conditions = _conditions(args)
     job = SamplingJob(
-        technique=row.name, model=args.model, weights_sha256=checkpoint.weights_sha256, conditions=conditions or ("",),
-        options=row.options_class().from_namespace(args), seed=config.seed, batch_size=args.batch_size,
+        technique=row.name, model=args.model, weights_sha256=checkpoint.weights_sha256,
+        conditions=_conditions(args) or ("",), options=row.options_class().from_namespace(args), seed=config.seed,
+        batch_size=args.batch_size,
     )  # fmt: skip
-    pipe = open_job(job, device=args.device, checkpoint=checkpoint)
-    pipe.set_progress_bar_config(disable=True)
-    teacher = pipe.transformer
-    plan = GraftPlan.load(args.plan, len(block_list(teacher)))
-    torch.manual_seed(config.seed)
-    grafted = graft(teacher, plan)
-    print(f"{count_parameters(teacher):,} parameters before, {count_parameters(grafted):,} after")
-    distiller = Distiller(teacher, grafted, plan, config)
-    if distiller.students and not conditions:
-        raise ValueError(
-            "stage 1 learns from samples of the original; give --prompts, --prompts-file or --class-labels"
-        )
-    done = 0
-    if distiller.students:
-        deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
-        done = distil(pipe, distiller, job, args.epochs, args.output / "stage1.pt", deadline)
-    pipe.transformer = grafted
-    if pipe.config.get("text_encoder_source"):
-        pipe.register_modules(text_encoder=None, tokenizer=None)
-    pipe.save_pretrained(args.output, max_shard_size="9MB")
-    report = {
-        "plan": plan.to_dict(),
-        "distillation": config.to_dict(),
-        "batches": done,
-        "operators": distiller.report(),
-    }
-    (args.output / "stage1.json").write_text(json.dumps(report, indent=1) + "\n")
-    for entry in distiller.report():
+    deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
+    facts = graft_checkpoint(
+        checkpoint, args.plan, job, config, args.output, epochs=args.epochs, device=args.device, deadline=deadline,
+        report=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    for entry in facts["operators"]:
         print(f"{entry['operator']}: {entry['steps']} steps, relative error {entry['relative_error']:.3f}")
     print(f"wrote {args.output}")
     return 0

@@ -7,7 +7,7 @@ from diffusers import ConfigMixin, ModelMixin, PixArtTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 
 from dit_suite.grafting.plan import GraftPlan
-from dit_suite.grafting.surgery import apply_plan, block_list, transplant
+from dit_suite.grafting.surgery import apply_plan, block_list, inherit, transplant
 from dit_suite.models.dit import DiTModel
 
 _KEPT_PRECISE = ("filter", "conv1d")  # convolutions whose weights are read outside their own forward
@@ -91,7 +91,8 @@ def graft(model: torch.nn.Module, plan: GraftPlan) -> torch.nn.Module:
     """A new model with the plan carried out. What is not exchanged keeps its weights; `model` stays as it is.
 
     Raises:
-        ValueError: the class can't be grafted, is grafted already, or the plan does not fit its depth.
+        ValueError: the class can't be grafted, is grafted already, the plan does not fit its depth, or an operator is
+            to inherit weights that are not there.
     """
     if isinstance(model, tuple(grafted for _, grafted in _GRAFTED)) and model.config.graft_plan:
         raise ValueError("this model is grafted already; graft the original with a plan that holds both")
@@ -103,5 +104,6 @@ def graft(model: torch.nn.Module, plan: GraftPlan) -> torch.nn.Module:
     config = {key: value for key, value in model.config.items() if not key.startswith("_") and key != "graft_plan"}
     new = grafted(graft_plan=plan.to_dict(), **config)
     transplant(model, new, plan)
+    inherit(model, new, plan)
     parameter = next(model.parameters())
     return new.to(device=parameter.device, dtype=parameter.dtype).train(model.training)

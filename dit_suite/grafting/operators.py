@@ -124,6 +124,33 @@ def grid_side(tokens: int) -> int:
     return side
 
 
+class PooledAttention2D(Operator):
+    """Ours: every token attends to the grid at half its resolution (keys and values of learned 2 x 2 averages).
+
+    A quarter of the keys: the attention itself costs a quarter, the key and value projections too, and every token
+    still sees the whole picture. Starts as the plain mean of each square.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.Wq = nn.Linear(dim, dim)
+        self.Wkv = nn.Linear(dim, 2 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.squares = nn.Parameter(torch.full((4, dim), 0.25))
+
+    def mix(self, x: torch.Tensor) -> torch.Tensor:
+        side = grid_side(x.shape[1])
+        if side % 2:
+            raise ValueError(f"pooling needs a grid of even side, got {side} x {side} tokens")
+        grid = x.unflatten(1, (side // 2, 2, side // 2, 2))
+        corners = (grid[:, :, i, :, j] for i in (0, 1) for j in (0, 1))
+        pooled = sum(corner * weight for corner, weight in zip(corners, self.squares, strict=True)).flatten(1, 2)
+        q = self.Wq(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self.Wkv(pooled).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Hyena(Operator):
     """Hyena-SE, -X and -Y: cubic gating around short causal filters (y = q * filter(k * v)).
 

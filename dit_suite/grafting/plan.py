@@ -20,6 +20,7 @@ from dit_suite.grafting.operators import (
     MlpHyenaX,
     MultiHeadAttention,
     Operator,
+    PooledAttention2D,
     SlidingWindowAttention,
     SlidingWindowAttention2D,
 )
@@ -27,9 +28,10 @@ from dit_suite.options import Options, option
 
 ATTENTION_KINDS = (
     "mha", "hyena_se", "hyena_x", "hyena_y", "swa", "mamba2", "gla", "hyena_se_2d", "hyena_x_2d", "hyena_y_2d",
-    "swa_2d",
+    "swa_2d", "pool_2d",
 )  # fmt: skip
 MLP_KINDS = ("mlp", "mlp_hyena_x")
+INHERITING_KINDS = ("mha", "swa", "swa_2d", "pool_2d", "mlp")
 _PUBLISHED_WINDOW = 4
 
 
@@ -42,6 +44,12 @@ class OperatorSpec(Options):
     window: int = option(_PUBLISHED_WINDOW, "tokens to either side (swa), rows and columns (swa_2d)", minimum=0)
     d_state: int = option(64, "state width of mamba2", minimum=1)
     head_dim: int = option(16, "head width of mamba2", minimum=1)
+    init: str = option("fresh", "first weights; inherit (ours): from what is exchanged", choices=("fresh", "inherit"))
+
+    def validate(self) -> None:
+        if self.init == "inherit" and self.kind not in INHERITING_KINDS:
+            kinds = ", ".join(INHERITING_KINDS)
+            raise ValueError(f"{self.kind} shares no weights with what it replaces; {kinds} can inherit")
 
     @property
     def is_mlp(self) -> bool:
@@ -57,6 +65,7 @@ def build_operator(spec: OperatorSpec, dim: int, num_tokens: int, heads: int) ->
         "mha": lambda: MultiHeadAttention(dim, heads),
         "swa": lambda: SlidingWindowAttention(dim, heads, spec.window),
         "swa_2d": lambda: SlidingWindowAttention2D(dim, heads, spec.window),
+        "pool_2d": lambda: PooledAttention2D(dim, heads),
         "mamba2": lambda: Mamba2(dim, spec.d_state, spec.head_dim),
         "gla": lambda: GatedLinearAttention(dim, heads),
         "mlp": lambda: Mlp(dim, spec.ratio or 4.0),

@@ -1,5 +1,6 @@
 """Carrying out a graft plan on a transformer: operators exchanged, pairs of blocks laid side by side."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -142,10 +143,91 @@ def operator_prefixes(grafted: nn.Module, plan: GraftPlan, depth: int) -> tuple[
     return (*(f"{name}." for name in operator_places(grafted, plan, depth).values()), *sorted(merges))
 
 
+def _weights(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    bias = linear.bias if linear.bias is not None else linear.weight.new_zeros(linear.out_features)
+    return linear.weight, bias
+
+
+def _fill(target: nn.Linear, *sources: nn.Linear) -> None:
+    """Gives a projection the rows of one or several others."""
+    weights, biases = zip(*(_weights(source) for source in sources), strict=True)
+    target.weight.copy_(torch.cat(weights))
+    target.bias.copy_(torch.cat(biases))
+
+
+@torch.no_grad()
 def copy_attention(original: nn.Module, operator: nn.Module) -> None:
-    """Gives a `MultiHeadAttention` the weights of a diffusers-style attention (the exact self-graft)."""
-    with torch.no_grad():
-        for leaf in ("weight", "bias"):
-            parts = [getattr(getattr(original, name), leaf) for name in ("to_q", "to_k", "to_v")]
-            getattr(operator.qkv, leaf).copy_(torch.cat(parts))
-            getattr(operator.proj, leaf).copy_(getattr(original.to_out[0], leaf))
+    """Gives an attention operator the projections of the attention it replaces.
+
+    For full attention this is the exact self-graft; a window or pooled keys change what the same projections give.
+    """
+    q, k, v, out = original.to_q, original.to_k, original.to_v, original.to_out[0]
+    if hasattr(operator, "Wkv"):
+        _fill(operator.Wq, q)
+        _fill(operator.Wkv, k, v)
+    else:
+        _fill(operator.qkv if hasattr(operator, "qkv") else operator.Wqkv, q, k, v)
+    _fill(operator.proj if hasattr(operator, "proj") else operator.out_proj, out)
+
+
+@torch.no_grad()
+def copy_mlp(original: nn.Module, operator: nn.Module) -> None:
+    """Gives a narrower MLP the hidden units of the original that weigh most (norm of row in times column out).
+
+    Raises:
+        ValueError: the original is no MLP with a tanh GELU, or has fewer hidden units than the operator.
+    """
+    first, second = original.net[0], original.net[2]
+    if getattr(first, "approximate", None) != "tanh":
+        raise ValueError(f"an MLP can inherit from one with a tanh GELU, not from {type(first).__name__}")
+    rows, biases = _weights(first.proj)
+    hidden = operator.fc1.out_features
+    if hidden > len(rows):
+        raise ValueError(f"an MLP of {hidden} hidden units can't inherit from one of {len(rows)}")
+    importance = rows.norm(dim=1) * second.weight.norm(dim=0)
+    kept = importance.topk(hidden).indices.sort().values
+    operator.fc1.weight.copy_(rows[kept])
+    operator.fc1.bias.copy_(biases[kept])
+    operator.fc2.weight.copy_(second.weight[:, kept])
+    operator.fc2.bias.copy_(_weights(second)[1])
+
+
+def inherit(original: nn.Module, grafted: nn.Module, plan: GraftPlan) -> None:
+    """Initialises the operators whose spec says `init: inherit` from what they replace (an addition of this project).
+
+    Raises:
+        ValueError: the exchanged module is of a kind whose weights can't be taken over.
+    """
+    blocks = block_list(original)
+    for (target, layer), place in operator_places(grafted, plan, len(blocks)).items():
+        if getattr(plan, target)[layer].init != "inherit":
+            continue
+        source = getattr(blocks[layer], operator_name(blocks[layer], target))
+        copy = copy_mlp if target == "mlp" else copy_attention
+        try:
+            copy(source, grafted.get_submodule(place))
+        except AttributeError as error:
+            raise ValueError(f"nothing can be inherited from {type(source).__name__}: {error}") from None
+
+
+def pair_places(grafted: nn.Module, plan: GraftPlan, depth: int) -> dict[int, str]:
+    """Dotted name in the grafted model of every pair, by its first original layer."""
+    container = next(block.container for block in find_blocks(grafted))
+    places = layout(plan, depth)
+    return {first: f"{container}.{places[first].partition('.')[0]}" for first, _ in plan.pairs}
+
+
+def branch_gate(block: nn.Module, target: str, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """What a block multiplies its attention or MLP output with, (batch, 1, width), from the arguments of its call.
+
+    Raises:
+        ValueError: the block is neither adaLN-single (PixArt) nor adaLN-Zero with its own projection (DiT).
+    """
+    row = 2 if target == "attention" else 5
+    if isinstance(getattr(block, "scale_shift_table", None), torch.Tensor):
+        timestep = kwargs["timestep"]
+        return (block.scale_shift_table[None] + timestep.reshape(len(timestep), 6, -1))[:, row : row + 1]
+    if isinstance(getattr(block, "adaln", None), nn.Linear):
+        conditioning = args[1] if len(args) > 1 else kwargs["conditioning"]
+        return block.adaln(nn.functional.silu(conditioning)).chunk(6, dim=-1)[row][:, None]
+    raise ValueError(f"the gates of {type(block).__name__} are not known; distil without scaled_pred")

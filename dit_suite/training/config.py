@@ -9,6 +9,7 @@
     data: {...}  condition: {...}  optimizer: {...}  ema: {...}  run: {...}
 
 A part with `name` is a class: a registry name, a diffusers class, or `module:Class`; `options` are its arguments.
+`model: {from: FOLDER}` takes class, options and weights from a checkpoint instead (`dit_suite.training.start`).
 """
 
 import dataclasses
@@ -310,7 +311,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     values = _numbers(values)
     for assignment in overrides:
         override(values, assignment)
-    return config_from_dict(values)
+    from dit_suite.training.start import start_from_checkpoint
+
+    return config_from_dict(start_from_checkpoint(values))
 
 
 def config_text(config: TrainConfig) -> str:

@@ -44,7 +44,9 @@ def export(
         pipe.save_pretrained(folder, max_shard_size=SHARD_SIZE, safe_serialization=True)
         for path in folder.rglob("*.safetensors"):
             path.chmod(0o644)
-        write_json(folder / "training.json", {"config": json.loads(config.identity()), **about})
+        settings = json.loads(config.identity())
+        settings["init_from"] = Path(settings["init_from"]).name
+        write_json(folder / "training.json", {"config": settings, **about})
         data = Path(config.data.path)
         if config.data.path and (data / LABEL_FILE).is_file():
             LabelTable.load(data).narrowed(config.data.styles, config.data.groups).save(folder)

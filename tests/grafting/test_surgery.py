@@ -239,3 +239,83 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         assert handle.stats()["reused"]["stack"] == 1
     assert calibrate([*call, "--budget", "9", "--output", str(profiles)]) == 2
     assert "9 computed steps is more than the 3" in capsys.readouterr().err
+
+
+def test_inherited_weights() -> None:
+    """Attention over the whole sequence inherits exactly; a narrower MLP keeps the heaviest hidden units."""
+    model = teacher()
+    whole = {"kind": "swa", "window": 16, "init": "inherit"}
+    kept = {"kind": "mlp", "ratio": 4.0, "init": "inherit"}
+    plan = GraftPlan.from_dict({"attention": {"0": whole}, "mlp": {"1": kept}}, 4)
+    assert GraftPlan.from_dict(plan.to_dict()) == plan
+    torch.testing.assert_close(run(graft(model, plan)), run(model), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        model.transformer_blocks[2].ff.net[2].weight[:, 20:] = 0.0
+    narrow = GraftPlan.from_dict({"mlp": {"2": {"kind": "mlp", "ratio": 1.25, "init": "inherit"}}}, 4)
+    torch.testing.assert_close(run(graft(model, narrow)), run(model), atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="shares no weights"):
+        OperatorSpec(kind="hyena_x", init="inherit")
+    with pytest.raises(ValueError, match="80 hidden units can't inherit from one of 64"):
+        graft(model, GraftPlan.from_dict({"mlp": {"2": {"kind": "mlp", "ratio": 5.0, "init": "inherit"}}}, 4))
+
+
+def test_pooled_attention_equals_full_attention_on_constant_squares() -> None:
+    """Where the four tokens of every square are alike, their mean is each of them and pooling loses nothing."""
+    model = teacher()
+    plan = GraftPlan.from_dict({"attention": {"0": {"kind": "pool_2d", "init": "inherit"}}}, 4)
+    pooled = graft(model, plan).transformer_blocks[0].attn
+    cells = torch.randn(2, 2, 2, 16)
+    x = cells.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(pooled(x), model.transformer_blocks[0].attn(x), atol=1e-5, rtol=1e-4)
+        other = torch.randn(2, 16, 16)
+        assert not torch.allclose(pooled(other), model.transformer_blocks[0].attn(other), atol=1e-3)
+
+
+def test_pairs_are_distilled_as_a_whole() -> None:
+    """The target is what the two blocks give one after the other; an exchanged operator inside has its own student."""
+    model = teacher()
+    plan = GraftPlan.from_dict({"attention": {"2": {"kind": "mha"}}, "pairs": [[2, 3]]}, 4)
+    grafted = graft(model, plan)
+    pipe = pipeline(model)
+    with Distiller(model, grafted, plan, DistillConfig(pair_lr=5e-3)) as distiller:
+        student = distiller.students["pair", 2]
+        trained = {id(p) for group in student.optimizer.param_groups for p in group["params"]}
+        assert not trained & {id(p) for p in distiller.students["attention", 2].operator.parameters()}
+        seen, losses, learn = [], [], student.step
+
+        def step(x: torch.Tensor, target: torch.Tensor, conditioning: torch.Tensor) -> None:
+            seen.append((x, target, conditioning))
+            losses.append(learn(x, target, conditioning)[0])
+
+        student.step = step
+        for seed in range(12):
+            sample(pipe, seed)
+    x, target, conditioning = seen[0]
+    blocks = model.transformer_blocks
+    with torch.no_grad():
+        torch.testing.assert_close(target, blocks[3](blocks[2](x, conditioning), conditioning))
+    assert student.steps == 36 and sum(losses[-3:]) < 0.6 * sum(losses[:3]), losses
+
+
+def test_scaled_loss_uses_the_gate_of_its_own_branch() -> None:
+    """With a zero MLP gate the scaled MLP loss is zero while the attention's is not."""
+    model = teacher()
+    with torch.no_grad():
+        model.transformer_blocks[1].adaln.weight[80:] = 0.0
+        model.transformer_blocks[1].adaln.bias[80:] = 0.0
+    plan = GraftPlan.from_dict({"attention": {"1": {"kind": "mha"}}, "mlp": {"1": {"kind": "mlp"}}}, 4)
+    with Distiller(model, graft(model, plan), plan, DistillConfig(scaled_pred=True)) as distiller:
+        sample(pipeline(model))
+    losses = {key[0]: student.last_loss for key, student in distiller.students.items()}
+    assert losses["mlp"] == 0.0 and losses["attention"] > 1e-4
+
+
+def test_annealing() -> None:
+    model, plan = teacher(), GraftPlan.from_dict({"attention": {"0": {"kind": "mha"}}}, 4)
+    distiller = Distiller(model, graft(model, plan), plan, DistillConfig(attention_lr=1e-3, decay_share=0.5))
+    rates = []
+    for done in (0.0, 0.5, 0.75, 1.0):
+        distiller.anneal(done)
+        rates.append(distiller.students["attention", 0].optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 1e-3, 5e-4, 0.0])

@@ -1,0 +1,105 @@
+"""Grafting a checkpoint: the plan carried out, stage 1 on samples of the original, the result as a pipeline folder."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dit_suite.checkpoints import SHARD_SIZE, Checkpoint
+from dit_suite.grafting.distill import DistillConfig, Distiller
+from dit_suite.grafting.models import graft
+from dit_suite.grafting.plan import GraftPlan, count_parameters
+from dit_suite.grafting.surgery import block_list
+from dit_suite.metadata import write_json
+from dit_suite.sampling import SamplingJob, batches, open_job, sample_batch
+
+STATE_FILE, REPORT_FILE = "stage1.pt", "stage1.json"
+
+
+def distil(
+    pipe: Any,
+    distiller: Distiller,
+    job: SamplingJob,
+    epochs: int,
+    state: Path,
+    deadline: float | None = None,
+    report: Callable[[str], None] = print,
+) -> int:
+    """Samples every batch of every epoch that is not done yet; returns the number done in all.
+
+    Args:
+        pipe: the original's pipeline.
+        job: its conditions; epoch e samples them with other noise than epoch e - 1.
+        state: file that is written after every batch and taken up if it is there.
+        deadline: `time.monotonic` after which no further batch is begun.
+    """
+    count = len(job.conditions)
+    todo = [range(e * count + part.start, e * count + part.stop) for e in range(epochs)
+            for part in batches(count, job.batch_size)]  # fmt: skip
+    done = distiller.load(state) if state.is_file() else 0
+    with distiller:
+        for number, indices in enumerate(todo[done:], start=done + 1):
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            distiller.anneal((number - 1) / len(todo))
+            sample_batch(pipe, job, indices)
+            distiller.save(state, number)
+            done = number
+            mean = sum(row["relative_error"] for row in distiller.report()) / max(1, len(distiller.students))
+            report(f"batch {number} of {len(todo)}: mean relative error {mean:.3f}")
+    return done
+
+
+def graft_checkpoint(
+    checkpoint: Checkpoint,
+    plan_file: Path,
+    job: SamplingJob,
+    config: DistillConfig,
+    output: Path,
+    *,
+    epochs: int = 1,
+    device: Any = None,
+    deadline: float | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Grafts, distils and saves into `output`; returns what `stage1.json` says.
+
+    Args:
+        checkpoint: the original.
+        plan_file: YAML or JSON plan.
+        job: samples of the original that stage 1 learns from; without conditions there is no stage 1.
+
+    Raises:
+        ValueError: the plan does not fit, or stage 1 has nothing to learn from.
+    """
+    pipe = open_job(job, device=device, checkpoint=checkpoint)
+    pipe.set_progress_bar_config(disable=True)
+    teacher = pipe.transformer
+    plan = GraftPlan.load(plan_file, len(block_list(teacher)))
+    torch.manual_seed(config.seed)
+    grafted = graft(teacher, plan)
+    sizes = {"before": count_parameters(teacher), "after": count_parameters(grafted)}
+    report(f"{sizes['before']:,} parameters before, {sizes['after']:,} after")
+    distiller = Distiller(teacher, grafted, plan, config)
+    if distiller.students and set(job.conditions) == {""}:
+        raise ValueError(
+            "stage 1 learns from samples of the original; give --prompts, --prompts-file or --class-labels"
+        )
+    done = 0
+    if distiller.students:
+        done = distil(pipe, distiller, job, epochs, output / STATE_FILE, deadline, report)
+    pipe.transformer = grafted
+    if pipe.config.get("text_encoder_source"):
+        pipe.register_modules(text_encoder=None, tokenizer=None)
+    pipe.save_pretrained(output, max_shard_size=SHARD_SIZE)
+    facts = {
+        "plan": plan.to_dict(),
+        "distillation": config.to_dict(),
+        "batches": done,
+        "parameters": sizes,
+        "operators": distiller.report(),
+    }
+    write_json(facts, output / REPORT_FILE)
+    return facts

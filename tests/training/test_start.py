@@ -1,0 +1,70 @@
+"""Training that starts from a checkpoint folder: plain and grafted."""
+
+import json
+
+import pytest
+import torch
+
+from dit_suite.checkpoints import load_pipeline
+from dit_suite.grafting.models import GraftedDiTModel, graft
+from dit_suite.grafting.plan import GraftPlan
+from dit_suite.training.config import load_config
+from dit_suite.training.trainer import Trainer
+
+RECIPE = """
+name: stage2
+model: {{from: {folder}}}
+objective: rectified_flow
+data: {{kind: shapes, size: 8, count: 48}}
+optimizer: {{lr: 1.0e-3, warmup_steps: 0}}
+ema: {{decay: 0.5}}
+run: {{max_steps: 3, batch_size: 8, log_every: 1, save_every: 2, output: {output}}}
+"""
+
+
+def start(folder, tmp_path):
+    path = tmp_path / "stage2.yaml"
+    path.write_text(RECIPE.format(folder=folder, output=tmp_path / "run"))
+    return load_config(path)
+
+
+def test_a_finished_checkpoint_is_the_start(finished, tmp_path):
+    """Class, weights, technique and scheduler come from the folder; what is written opens again and has moved."""
+    folder = finished[1] / "checkpoint"
+    config = start(folder, tmp_path)
+    assert config.technique == "dit" and config.task == "class-to-image"
+    assert config.scheduler.name == "FlowMatchEulerDiscreteScheduler"
+    before = load_pipeline(folder).transformer.state_dict()
+    trainer = Trainer(config)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.bare.state_dict().items())
+    after = load_pipeline(trainer.run()).transformer.state_dict()
+    assert after.keys() == before.keys() and any(not torch.equal(after[key], before[key]) for key in before)
+    settings = json.loads((tmp_path / "run" / "checkpoint" / "training.json").read_text())["config"]
+    assert settings["init_from"] == "checkpoint"
+
+
+def test_a_grafted_folder_keeps_its_plan(finished, tmp_path):
+    """Stage 2: every operator trains, the folder it writes is grafted, and a stopped run goes on from its state."""
+    pipe = load_pipeline(finished[1] / "checkpoint")
+    plan = GraftPlan.from_dict({"attention": {"1": {"kind": "hyena_x"}}, "mlp": {"0": {"kind": "mlp", "ratio": 2}}}, 2)
+    pipe.transformer = graft(pipe.transformer, plan)
+    pipe.save_pretrained(tmp_path / "grafted")
+    before = {key: value.clone() for key, value in pipe.transformer.state_dict().items()}
+    config = start(tmp_path / "grafted", tmp_path)
+    again = load_pipeline(Trainer(config).run()).transformer
+    assert isinstance(again, GraftedDiTModel)
+    assert GraftPlan.from_dict(again.config.graft_plan) == plan
+    still = [key for key, value in again.state_dict().items() if torch.equal(value, before[key])]
+    assert not [key for key in still if "attn" in key or ".ff." in key]
+    resumed = load_config(tmp_path / "run" / "config.yaml", ["run.max_minutes=1"])
+    assert resumed.identity() == config.identity()
+    assert Trainer(resumed).run() == tmp_path / "run" / "checkpoint"
+
+
+def test_what_can_not_be_a_start(tmp_path):
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        start("nowhere", tmp_path)
+    path = tmp_path / "both.yaml"
+    path.write_text(RECIPE.format(folder="emoji-pixart-64", output=tmp_path) + "init_from: elsewhere\n")
+    with pytest.raises(ValueError, match="not both"):
+        load_config(path)
