@@ -23,11 +23,13 @@ from dit_suite.caching.schedule import (
     mask_of,
     rank_blocks,
     spread_schedule,
+    step_lengths,
 )
 from dit_suite.options import Options, option
 
 FORMAT = "bac-schedule/1"
 PREDICTORS = ("reuse", "linear", "fitted")
+OBJECTIVES = ("squares", "sum")
 EVERY_BRANCH = "*"
 
 
@@ -49,6 +51,12 @@ class BACConfig(Options):
     granularity: str = option("auto", "what is cached (auto: stack, else block)", choices=("auto", *GRANULARITIES))
     predictor: str = option("fitted", "what stands in at skipped steps (linear, fitted: ours)", choices=PREDICTORS)
     order: int = option(2, "computed outputs a forecast draws on", minimum=1, maximum=4, advanced=True)
+    objective: str = option(
+        "squares",
+        "what a schedule of forecasts minimises: squared errors times the way a step goes, or plain errors",
+        choices=OBJECTIVES,
+        advanced=True,
+    )
     metric: str = option("l2", "likeness of two steps", choices=("l2", "cosine"), advanced=True)
     similarity: str = option("anchor", "score form", choices=("anchor", "adjacent"), advanced=True)
     bubble: int = option(0, "units the bubbling union enlarges (-1: all)", minimum=-1, advanced=True)
@@ -187,7 +195,10 @@ def _unit_steps(
             return adjacent_schedule(matrices(), budget, maximise)
         if config.predictor == "reuse":
             return adaptive_schedule(matrices(), budget, maximise)[0]
-        return forecast_schedule(forecast_costs(gram(), config.predictor, profile.timesteps), budget)[0]
+        costs = forecast_costs(gram(), config.predictor, profile.timesteps)
+        if config.objective == "squares":
+            costs = (costs * step_lengths(profile.timesteps)) ** 2
+        return forecast_schedule(costs, budget)[0]
 
     if config.schedule == "uniform":
         steps = [spread_schedule(count, budget)] * len(units)

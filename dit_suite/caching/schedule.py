@@ -183,6 +183,21 @@ def forecast_costs(gram: np.ndarray, predictor: str, positions: Sequence[float] 
     return np.sqrt(squared) * (np.arange(num_steps)[None, None, :] > np.arange(num_steps)[None, :, None])
 
 
+def step_lengths(timesteps: Sequence[float]) -> np.ndarray:
+    """How far a sampler goes with each evaluation, as a share of the longest way: the distance to the next timestep.
+
+    Evaluations at the same timestep (second-order samplers) share the way to the next other one; the last goes to 0.
+    """
+    ways, following, end = [], 0.0, 0.0
+    for here in reversed(timesteps):
+        if ways and here != following:
+            end = following
+        ways.append(abs(here - end))
+        following = here
+    longest = max(ways)
+    return np.array(ways[::-1]) / longest if longest > 0 else np.ones(len(ways))
+
+
 def forecast_schedule(cost: np.ndarray, budget: int) -> tuple[list[int], float]:
     """The best update steps when skipped steps are forecast from the two newest computed ones (our extension).
 

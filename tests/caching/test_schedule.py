@@ -5,6 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
+from dit_suite.caching.plan import BACConfig, build_schedule
+from dit_suite.caching.profile import SimilarityProfile, UnitInfo
 from dit_suite.caching.schedule import (
     adaptive_schedule,
     adjacent_schedule,
@@ -16,6 +18,7 @@ from dit_suite.caching.schedule import (
     mask_of,
     rank_blocks,
     spread_schedule,
+    step_lengths,
     uniform_schedule,
 )
 
@@ -143,3 +146,27 @@ def test_uniform() -> None:
     assert spread_schedule(12, 4) == uniform_schedule(12, 3) and spread_schedule(7, 3) == [0, 2, 4]
     with pytest.raises(ValueError, match="at least 1"):
         uniform_schedule(10, 0)
+
+
+def test_step_lengths() -> None:
+    """The way to the next other timestep, the last to zero; a short last step counts for little."""
+    assert step_lengths([1000.0, 750.0, 500.0, 10.0]).tolist() == pytest.approx([250 / 490, 250 / 490, 1.0, 10 / 490])
+    heun = [1000.0, 600.0, 600.0, 100.0, 100.0]
+    assert step_lengths(heun).tolist() == pytest.approx([0.8, 1.0, 1.0, 0.2, 0.2])
+    assert step_lengths([0.0, 0.0]).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("objective", "spends"), [("sum", True), ("squares", False)])
+def test_an_update_in_a_vanishing_step_is_wasted(objective: str, spends: bool) -> None:
+    """The last output is unlike all others but moves the sample by a thousandth of a step."""
+    rng = np.random.default_rng(0)
+    rows = np.cumsum(rng.normal(size=(6, 40)), axis=0)
+    rows[-1] = 30 * rng.normal(size=40)
+    timesteps = (500.0, 400.0, 300.0, 200.0, 100.0, 0.1)
+    profile = SimilarityProfile(
+        model="M", fingerprint="", scheduler={}, num_inference_steps=6, timesteps=timesteps,
+        positions=tuple((i, 0) for i in range(6)), units=(UnitInfo("blocks", "stack", 0, False, 1.0, 0.0),),
+        total_flops=1.0, gram={"batched": (rows @ rows.T)[None]}, cosine={"batched": np.ones((1, 6, 6))},
+    )  # fmt: skip
+    schedule = build_schedule(profile, BACConfig(budget=3, objective=objective))
+    assert (5 in schedule.plan("*").steps[0]) == spends
