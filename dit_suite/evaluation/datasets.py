@@ -1,7 +1,8 @@
 """Rows of a data set that `prepare_data.py` wrote, chosen on the command line.
 
 `FILE.parquet` is all rows, `FILE.parquet:heldout+pairs` those of two splits, and
-`FILE.parquet:heldout,style=noto+fluent-3d` adds a choice by another column.
+`FILE.parquet:heldout,style=noto+fluent-3d` adds a choice by another column. `size=32` chooses no rows: it makes the
+pictures as small as a model that was trained with `data.size: 32` saw them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 SEPARATOR = ".parquet:"
+SIZE = "size"
 
 
 def parse_dataset(text: str) -> tuple[Path, dict[str, tuple[str, ...]]]:
@@ -26,6 +28,19 @@ def parse_dataset(text: str) -> tuple[Path, dict[str, tuple[str, ...]]]:
             raise ValueError(f"{text!r} can't be read: expected FILE.parquet:SPLIT[+SPLIT][,COLUMN=VALUE[+VALUE]]")
         where[column.strip()] = tuple(value.strip() for value in values.split("+"))
     return Path(f"{file}.parquet"), where
+
+
+def split_size(where: Mapping[str, Sequence[str]]) -> tuple[dict[str, Sequence[str]], int]:
+    """The choice of rows without `size`, and that size in pixels (0: as stored).
+
+    Raises:
+        ValueError: the size is no whole number from 1 to 4096.
+    """
+    rows = {column: values for column, values in where.items() if column != SIZE}
+    text = "+".join(where.get(SIZE, ("0",)))
+    if not text.isdecimal() or int(text) > 4096 or (SIZE in where and int(text) < 1):
+        raise ValueError(f"size={text} is no side in pixels")
+    return rows, int(text)
 
 
 def read_dataset(path: Path, where: Mapping[str, Sequence[str]], columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -69,7 +84,8 @@ def conditions_of(text: str, kind: str) -> tuple[str, ...]:
     """
     from dit_suite.data.captions import captions_of
 
-    path, where = parse_dataset(text)
+    path, chosen = parse_dataset(text)
+    where, _ = split_size(chosen)
     if kind == "prompt":
         rows = _shuffled(read_dataset(path, where, ("label", "style")))
         return tuple(captions_of(row)[1] for row in rows)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from PIL import Image
 
-from dit_suite.evaluation.datasets import parse_dataset, read_dataset
+from dit_suite.evaluation.datasets import parse_dataset, read_dataset, split_size
 from dit_suite.video import read_video
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class ParquetSource:
     """Pictures of a data set that `prepare_data.py` wrote: a parquet with encoded pictures in the column `image`.
 
     Args:
-        text: the file and the choice of rows, see `datasets.parse_dataset`.
+        text: the file and the choice of rows, see `datasets.parse_dataset`; `size=N` resizes the way the trainer does.
 
     Raises:
         ValueError: not a parquet of pictures, an unknown split, a damaged picture, or pictures of different sizes.
@@ -204,11 +204,15 @@ class ParquetSource:
 
     def __init__(self, text: str):
         path, self.where = parse_dataset(text)
+        chosen, size = split_size(self.where)
         pictures = []
-        for number, row in enumerate(read_dataset(path, self.where, ["image"])):
+        for number, row in enumerate(read_dataset(path, chosen, ["image"])):
             try:
                 with Image.open(io.BytesIO(row["image"])) as image:
-                    pictures.append(np.asarray(image.convert("RGB")))
+                    image = image.convert("RGB")
+                    if size and image.size != (size, size):
+                        image = image.resize((size, size), Image.Resampling.LANCZOS)
+                    pictures.append(np.asarray(image))
             except (OSError, SyntaxError, TypeError) as error:
                 raise ValueError(f"picture {number} of {path} is damaged: {error}") from error
         if len({picture.shape for picture in pictures}) > 1:

@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dit_suite.evaluation.datasets import conditions_of, parse_dataset, read_dataset
+from dit_suite.data.readers import decode_picture
+from dit_suite.evaluation.datasets import conditions_of, parse_dataset, read_dataset, split_size
+from dit_suite.evaluation.sources import ParquetSource
 
 
 @pytest.fixture
@@ -37,12 +40,31 @@ def test_rows_and_refusals(dataset):
         ("test", "no split 'test'; it has heldout, pairs, train"),
         ("train,style=twemoji", "no style 'twemoji'"),
         ("train,style=fluent-3d", "no rows of that choice"),
-        ("size=3", "no column 'size'"),
+        ("colour=red", "no column 'colour'"),
     ):
         with pytest.raises(ValueError, match=words):
             read_dataset(*parse_dataset(f"{dataset}:{choice}"), ["label"])
     with pytest.raises(FileNotFoundError, match="there is no"):
         read_dataset(Path("nowhere.parquet"), {}, ["label"])
+
+
+def test_size_is_no_choice_of_rows(dataset):
+    _, where = parse_dataset(f"{dataset}:heldout,size=32")
+    assert split_size(where) == ({"split": ("heldout",)}, 32) and split_size({}) == ({}, 0)
+    assert conditions_of(f"{dataset}:pairs,size=32", "prompt") == ("sun, noto style",)
+    for wrong in ("0", "-3", "big", "3+4", "99999"):
+        with pytest.raises(ValueError, match="no side in pixels"):
+            split_size({"size": tuple(wrong.split("+"))})
+
+
+def test_pictures_are_resized_as_in_training():
+    fixture = Path(__file__).parents[1] / "fixtures/emoji.parquet"
+    rows = [row for row in pq.read_table(fixture).to_pylist() if row["style"] == "noto"]
+    source = ParquetSource(f"{fixture}:style=noto,size=32")
+    expected = decode_picture(rows[2]["image"], "row", 32).permute(1, 2, 0).numpy()
+    assert source.shape == (32, 32, 3) and len(source) == len(rows)
+    assert np.array_equal(source.read([2])[0], expected)
+    assert ParquetSource(f"{fixture}:style=noto").shape == (64, 64, 3)
 
 
 def test_conditions_in_the_model_s_words(dataset):
