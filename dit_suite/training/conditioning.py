@@ -142,17 +142,18 @@ class ActionCondition:
         raise ValueError("sample grids of an action model need recorded first frames: set run.preview_every=0")
 
 
-def _class_condition(config: TrainConfig, source: Source, accepted: frozenset[str]) -> Conditioner:
-    declared = config.model.options.get("num_classes")
-    if config.condition.null_label is None and declared is not None and declared != source.num_classes:
+def _class_condition(config: TrainConfig, source: Source, model: torch.nn.Module) -> Conditioner:
+    own = getattr(getattr(model, "config", None), "num_classes", None)
+    if config.condition.null_label is None and source.num_classes and own not in (None, source.num_classes):
         raise ValueError(
-            f"model.options.num_classes is {declared}, but the data set has {source.num_classes} classes "
-            f"(the null class is the one after them)"
+            f"the network has {own} classes, but the data set has {source.num_classes}: "
+            f"set model.options.num_classes={source.num_classes}, or null to take the number from the data"
         )
+    accepted = accepted_arguments(model)
     return ClassCondition(accepted, source.num_classes, config.condition.null_label, config.condition.dropout)
 
 
-def _text_condition(config: TrainConfig, source: Source, accepted: frozenset[str]) -> Conditioner:
+def _text_condition(config: TrainConfig, source: Source, model: torch.nn.Module) -> Conditioner:
     if not source.captions:
         raise ValueError(f"the data set {config.data.path!r} has no captions, which task {config.task} needs")
     path = Path(config.condition.states or Path(config.data.path) / FILE_NAME)
@@ -162,18 +163,20 @@ def _text_condition(config: TrainConfig, source: Source, accepted: frozenset[str
     if absent:
         raise ValueError(f"{path} lacks {len(absent)} captions of the data set, such as {absent[0]!r}: make it again")
     spread = [row[-1 if len(row) == 1 else 1] for row in source.captions[:: max(1, len(source) // 16)]]
-    return TextCondition(accepted, states, config.condition.dropout, config.run.preview_prompts or spread)
+    return TextCondition(
+        accepted_arguments(model), states, config.condition.dropout, config.run.preview_prompts or spread
+    )
 
 
-def _action_condition(config: TrainConfig, source: Source, accepted: frozenset[str]) -> Conditioner:
+def _action_condition(config: TrainConfig, source: Source, model: torch.nn.Module) -> Conditioner:
     return ActionCondition(source.num_classes, config.condition.dropout)
 
 
-def _no_condition(config: TrainConfig, source: Source, accepted: frozenset[str]) -> Conditioner:
+def _no_condition(config: TrainConfig, source: Source, model: torch.nn.Module) -> Conditioner:
     return NoCondition()
 
 
-_BY_TASK: Mapping[str, Callable[[TrainConfig, Source, frozenset[str]], Conditioner]] = {
+_BY_TASK: Mapping[str, Callable[[TrainConfig, Source, torch.nn.Module], Conditioner]] = {
     "unconditional": _no_condition,
     "class-to-image": _class_condition,
     "class-to-video": _class_condition,
@@ -189,4 +192,4 @@ def make_conditioner(config: TrainConfig, source: Source, model: torch.nn.Module
     Raises:
         FileNotFoundError, ValueError: the data set lacks what the task needs.
     """
-    return _BY_TASK[config.task](config, source, accepted_arguments(model))
+    return _BY_TASK[config.task](config, source, model)

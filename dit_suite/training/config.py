@@ -170,6 +170,13 @@ class TrainConfig:
             plain[item.name] = value.to_dict() if isinstance(value, Part | Options) else value
         return plain
 
+    def with_classes(self, count: int) -> "TrainConfig":
+        """The config with `model.options.num_classes: null` replaced by the data set's number of classes."""
+        if self.model.options.get("num_classes", 0) is not None:
+            return self
+        model = dataclasses.replace(self.model, options={**self.model.options, "num_classes": count})
+        return dataclasses.replace(self, model=model)
+
     def identity(self) -> str:
         """JSON of everything that decides the numbers: a state may only be resumed by a run with the same identity."""
         plain = self.to_dict()

@@ -60,11 +60,12 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, report: Callable[[str], None] = lambda line: None) -> None:
-        self.config, run = config, config.run
+        run = config.run
         self.objective = objective_class(config.objective.name).from_dict(dict(config.objective.options))
         self.accelerator = make_accelerator(run)
         self.report = report if self.accelerator.is_main_process else lambda line: None
         self.source = open_source(config.data)
+        self.config = config = config.with_classes(self.source.num_classes)
         bare = build_network(config)
         self.auxiliary = None
         if config.auxiliary is not None:

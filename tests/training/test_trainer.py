@@ -136,8 +136,11 @@ def test_bare_no_is_a_word(tmp_path):
 def test_number_of_classes_must_be_that_of_the_data(tmp_path):
     values = tiny_values(tmp_path)
     values["model"]["options"]["num_classes"] = 7
-    with pytest.raises(ValueError, match="num_classes is 7, but the data set has 16 classes"):
+    with pytest.raises(ValueError, match=r"has 7 classes, but the data set has 16: set model.options.num_classes=16"):
         Trainer(config_from_dict(values))
+    values["model"]["options"]["num_classes"] = None
+    trainer = Trainer(config_from_dict(values))
+    assert trainer.bare.config.num_classes == 16 and trainer.config.identity() == tiny(tmp_path).identity()
 
 
 def test_other_settings_are_refused(finished):
