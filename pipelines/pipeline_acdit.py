@@ -20,7 +20,8 @@ class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
 
     Args:
         transformer: the network.
-        scheduler: a diffusers scheduler of the noise-prediction family; a fresh copy serves every block.
+        scheduler: a diffusers scheduler whose `prediction_type` is what the network was trained to predict ("epsilon"
+            in released weights, or "sample"); a fresh copy serves every block.
         vae: an image autoencoder (clips are coded frame by frame), or None for pixel space.
         id2label: class id to name.
     """
@@ -80,8 +81,10 @@ class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
                 f"prefix and num_prefix_blocks (1 to {num_blocks - 1}) go together, got num_prefix_blocks="
                 f"{num_prefix_blocks}"
             )
-        if self.scheduler.config.get("prediction_type", "epsilon") != "epsilon":
-            raise ValueError("ACDiT predicts the noise: make the scheduler with prediction_type='epsilon'")
+        if self.scheduler.config.get("prediction_type", "epsilon") not in ("epsilon", "sample"):
+            raise ValueError(
+                "ACDiT predicts the noise, or the sample: make the scheduler with prediction_type='epsilon' or 'sample'"
+            )
 
     def _latent_shape(self, count: int) -> tuple[int, ...]:
         config = self.transformer.config
@@ -112,7 +115,7 @@ class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
     def _predict(
         self, hidden: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, step: StepContext, **cached: Any
     ) -> torch.Tensor:
-        """The guided noise of one block in float32; both halves of guidance read one cache of clean keys."""
+        """The guided prediction of one block in float32; both halves of guidance read one cache of clean keys."""
         repeats = labels.shape[0] // hidden.shape[0]
         hidden = hidden.to(self.transformer.dtype).repeat(repeats, 1, 1, 1)
         with publish_step(step):

@@ -175,6 +175,8 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         class_dropout_prob: share of labels that training drops (the trainer does it); 0: no null label, no guidance.
         rope_style: "axial", a true rotation per axis, or "reference", as in the released weights.
         rope_split: channels per position axis, in proportion; None: (1, 1) for pictures, (2, 3, 3) for clips.
+        learned_positions: add a learned vector per place to both streams. Ours: rotary attention averages values, and
+            tokens of pure noise have equal values on average, so without it a network learns only slowly where it is.
 
     Raises:
         ValueError: the sizes do not fit together.
@@ -183,7 +185,7 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ACDiTBlock"]
     _repeated_blocks = ["ACDiTBlock"]
-    _skip_layerwise_casting_patterns = ["token_embed", "norm"]
+    _skip_layerwise_casting_patterns = ["token_embed", "position_embed", "norm"]
     _skip_keys = ["kv_cache"]
 
     @register_to_config
@@ -204,6 +206,7 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         class_dropout_prob: float = 0.1,
         rope_style: str = "axial",
         rope_split: tuple[int, ...] | None = None,
+        learned_positions: bool = False,
     ):
         super().__init__()
         if sample_height % patch_size or sample_width % patch_size:
@@ -225,6 +228,7 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         hidden = num_attention_heads * attention_head_dim
         token_channels = in_channels * patch_size**2
         self.token_embed = nn.Linear(token_channels, hidden, bias=False)
+        self.position_embed = nn.Parameter(torch.empty(self.num_tokens, hidden)) if learned_positions else None
         self.time_features = Timesteps(TIME_FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embed = TimestepEmbedding(TIME_FEATURES, hidden)
         self.label_embed = LabelEmbedder(num_classes, hidden, class_dropout_prob > 0)
@@ -243,6 +247,8 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.position_embed is not None:
+            nn.init.normal_(self.position_embed, std=0.5)
         nn.init.normal_(self.label_embed.embedding_table.weight, std=0.02)
         nn.init.normal_(self.time_embed.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_embed.linear_2.weight, std=0.02)
@@ -293,6 +299,14 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         ids = torch.stack([axis.flatten() for axis in axes], dim=-1)[None]
         blocks = partition(ids, self.grid, block_size or self.config.block_size, self.square_blocks)
         return blocks.flatten(0, 2).transpose(0, 1)
+
+    def _embed(self, blocks: torch.Tensor, first_block: int) -> torch.Tensor:
+        """Block tokens `(batch, T, B, channels)` from block `first_block` on to `(batch, T * B, hidden)`."""
+        hidden = self.token_embed(blocks.flatten(1, 2))
+        if self.position_embed is None:
+            return hidden
+        places = partition(self.position_embed[None], self.grid, blocks.shape[2], self.square_blocks)
+        return hidden + places[:, first_block : first_block + blocks.shape[1]].flatten(1, 2)
 
     def new_cache(self, batch_size: int, block_size: int | None = None) -> BlockKVCache:
         """An empty cache for sampling: T - 1 clean blocks (the last one is never read)."""
@@ -368,8 +382,8 @@ class ACDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         rope = self.rope_dims, self.rope_bases, self.config.rope_style
         tables = rope_tables(clean_positions, *rope) if kept else None, rope_tables(noisy_positions, *rope)
         condition = self._condition(timestep, class_labels, num_blocks)
-        noisy = self.token_embed(hidden_states.flatten(1, 2))
-        clean = self.token_embed(clean.flatten(1, 2)) if clean is not None else None
+        noisy = self._embed(hidden_states, block_index if kv_cache is not None else 0)
+        clean = self._embed(clean, first) if clean is not None else None
         for layer, block in enumerate(self.transformer_blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 args = (clean, noisy, condition, tables, attention, layer)

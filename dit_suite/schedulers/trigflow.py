@@ -136,10 +136,12 @@ class TrigFlowScheduler(_FrameScheduler, ConfigMixin):
     Args:
         sigma_data: standard deviation that the samples are divided by before the network sees them.
         clip_sample: clamp estimates of the finished sample to [-1, 1] (pixels).
+        times: times that the network was distilled for, falling from pi/2; so many passes or fewer keep to them (the
+            first, the last and evenly spread ones between). Empty: see `set_timesteps`.
     """
 
     @register_to_config
-    def __init__(self, sigma_data: float = 1.0, clip_sample: bool = True):
+    def __init__(self, sigma_data: float = 1.0, clip_sample: bool = True, times: Sequence[float] = ()):
         if sigma_data <= 0:
             raise ValueError(f"sigma_data must be positive, got {sigma_data}")
         self.set_timesteps(2)
@@ -150,11 +152,17 @@ class TrigFlowScheduler(_FrameScheduler, ConfigMixin):
         device: torch.device | str | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Times from pi/2 down: 1.3 in between for two steps, evenly spaced otherwise, or the ones given.
+        """The times the network was distilled for, or the ones given.
+
+        Otherwise times from pi/2 down: pi/2 and 1.3 for two steps (SANA-Sprint's), evenly spaced for other numbers.
 
         Raises:
             ValueError: the given times do not fall from at most pi/2 to above 0.
         """
+        learned = list(self.config.times)
+        if timesteps is None and 1 <= (num_inference_steps or 0) <= len(learned):
+            last = max(num_inference_steps - 1, 1)
+            timesteps = [learned[round(i * (len(learned) - 1) / last)] for i in range(num_inference_steps)]
         if timesteps is not None:
             given = list(timesteps)
             falling = all(a > b for a, b in zip(given, given[1:], strict=False))

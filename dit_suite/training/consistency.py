@@ -96,6 +96,22 @@ def load_teacher(folder: str, device: str) -> NFDTransformer3DModel:
     return teacher.to(device).requires_grad_(False).eval()
 
 
+def checkpoint_teacher(folder: str, device: torch.device) -> Callable[..., Any]:
+    """The teacher of a checkpoint folder as a call that returns the velocity.
+
+    Raises:
+        ValueError: no folder is given.
+    """
+    if not folder:
+        raise ValueError("consistency distillation needs the teacher's checkpoint: set objective.options.teacher")
+    teacher = load_teacher(folder, str(device))
+
+    def call(sample: torch.Tensor, timestep: torch.Tensor, **condition: Any) -> torch.Tensor:
+        return teacher(sample, timestep, **condition, return_dict=False)[0]
+
+    return call
+
+
 @dataclass(frozen=True)
 class ConsistencyDistillation(Options):
     """mean weight(t) ||F - F^- - g||^2 with the normalised tangent g; the network is called with flow levels.
@@ -138,7 +154,7 @@ class ConsistencyDistillation(Options):
         noise = sigma * batch.draws.normal(Stream.NOISE, x0.shape[1:])
         sample = t.cos() * x0 + t.sin() * noise
         scaled = sample / sigma
-        teacher = teacher or self._checkpoint_teacher(x0.device)
+        teacher = teacher or checkpoint_teacher(self.teacher, x0.device)
         with torch.no_grad():
             slope = sigma * as_trigflow(teacher, condition)(scaled, times)
         speed = times.cos() * times.sin() * (~is_context)
@@ -152,13 +168,3 @@ class ConsistencyDistillation(Options):
         loss = mean_per_sample(weight * (trig - trig.detach() - g).square())
         size = mean_per_sample(consistency_tangent(sample, frozen, tangent, slope, t, sigma, 1.0).abs() * moving)
         return ObjectiveResult(loss, flow_level(times), trig, {"tangent": size})
-
-    def _checkpoint_teacher(self, device: torch.device) -> Callable[..., Any]:
-        if not self.teacher:
-            raise ValueError("consistency distillation needs the teacher's checkpoint: set objective.options.teacher")
-        teacher = load_teacher(self.teacher, str(device))
-
-        def call(sample: torch.Tensor, timestep: torch.Tensor, **condition: Any) -> torch.Tensor:
-            return teacher(sample, timestep, **condition, return_dict=False)[0]
-
-        return call

@@ -131,10 +131,10 @@ def test_dropping_the_last_clean_block_changes_neither_output_nor_gradients():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_cached_inference_equals_the_masked_forward(block_size: int):
+@pytest.mark.parametrize(("block_size", "learned"), [(1, False), (4, False), (4, True), (16, True)])
+def test_cached_inference_equals_the_masked_forward(block_size: int, learned: bool):
     """A5, A8: fused and later passes, with the same weights at every block size."""
-    model = tiny()
+    model = tiny(learned_positions=learned)
     clean, noisy, time, labels = draw(model, block_size=block_size)
     expected = model(noisy, time, labels, clean).sample
     cache = model.new_cache(2, block_size)
@@ -203,6 +203,26 @@ def test_squares_are_cut_in_raster_order():
     model = tiny(in_channels=1)
     blocks = model.to_blocks(torch.arange(16.0).reshape(1, 1, 1, 4, 4))
     assert blocks[0, :, :, 0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+
+
+@torch.no_grad()
+def test_learned_positions_tell_equal_tokens_apart_and_stay_where_they_are():
+    """Attention averages equal values to equal outputs, whatever the rotation; learned places differ. Without layers
+    every output depends on its own token and place only, so the cut into blocks must not matter."""
+    labels, time = torch.zeros(1, dtype=torch.long), torch.tensor(500.0)
+    for learned in (False, True):
+        model = tiny(learned_positions=learned)
+        flat = torch.zeros(1, 1, 16, 3)
+        spread = model(flat, time, labels).sample.std(dim=2).max()
+        assert (float(spread) > 1e-3) == learned
+    model.transformer_blocks = torch.nn.ModuleList()
+    whole, quarters = (
+        model.from_blocks(
+            model(torch.zeros(1, 16 // size, size, 3), time, labels, torch.zeros(1, 16 // size, size, 3)).sample
+        )
+        for size in (16, 4)
+    )
+    torch.testing.assert_close(whole, quarters, atol=1e-6, rtol=0)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():

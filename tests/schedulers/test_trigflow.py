@@ -81,6 +81,19 @@ def test_timesteps():
     assert scheduler.timesteps.tolist() == pytest.approx([1.5, 0.4])
 
 
+def test_a_distilled_network_keeps_to_its_times():
+    learned = TrigFlowScheduler(times=(math.pi / 2, 0.9, 0.5, 0.2))
+    expected = {1: [math.pi / 2], 2: [math.pi / 2, 0.2], 3: [math.pi / 2, 0.5, 0.2], 4: [math.pi / 2, 0.9, 0.5, 0.2]}
+    for steps, times in expected.items():
+        learned.set_timesteps(steps)
+        assert learned.timesteps.tolist() == pytest.approx(times)
+    learned.set_timesteps(5)
+    assert learned.timesteps.tolist() == pytest.approx([math.pi / 2 * (1 - i / 5) for i in range(5)])
+    again = TrigFlowScheduler.from_config(learned.config)
+    again.set_timesteps(2)
+    assert again.timesteps.tolist() == pytest.approx(expected[2])
+
+
 def test_bad_schedules_are_refused():
     scheduler = TrigFlowScheduler()
     for times in ([], [0.5, 0.9], [1.0, 0.0], [2.0]):

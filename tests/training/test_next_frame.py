@@ -7,7 +7,7 @@ from dit_suite.models.acdit import ACDiTTransformer3DModel
 from dit_suite.training.block_diffusion import BlockDiffusion
 from dit_suite.training.draws import Draws
 from dit_suite.training.next_frame import NextFrameFlow
-from dit_suite.training.objectives import TrainingBatch
+from dit_suite.training.objectives import TrainingBatch, named_tables
 
 
 def batch(shape: tuple[int, ...], step: int = 0, **condition) -> TrainingBatch:
@@ -56,6 +56,27 @@ def test_blocks_get_their_own_timestep_and_the_clean_half_is_the_sample():
     assert len(seen["timestep"].unique()) > 6
     assert torch.equal(seen["clean"][0, 1, :, 0], data.samples[0, 0, :2, 2:].flatten())
     assert float(result.loss.mean()) == pytest.approx(1.0, abs=0.3)
+
+
+def test_a_sample_error_counts_as_that_of_the_velocity():
+    """v = sqrt(abar) n - sqrt(1 - abar) x0: an x0 estimate off by d has a velocity off by d / sqrt(1 - abar)."""
+    data, seen = batch((64, 1, 2, 2), class_labels=torch.zeros(64, dtype=torch.long)), {}
+    objective = BlockDiffusion(patch_size=1, block_size=4, prediction="sample")
+
+    def network(noisy, timestep, clean_hidden_states, class_labels):
+        seen.update(time=timestep[:, 0], noisy=noisy, clean=clean_hidden_states)
+        return clean_hidden_states + 0.1
+
+    loss = objective.loss(network, data).loss
+    abar = named_tables("linear", 1000).alphas_cumprod[seen["time"]].float()
+    signal, level = (t[:, None, None, None] for t in (abar.sqrt(), (1 - abar).sqrt()))
+    noise = (seen["noisy"] - signal * seen["clean"]) / level
+    estimate = seen["clean"] + 0.1
+    wanted, got = (signal * ((seen["noisy"] - signal * x) / level) - level * x for x in (seen["clean"], estimate))
+    kept = 1 - abar > 0.06
+    torch.testing.assert_close(loss[kept], (wanted - got).square().mean((1, 2, 3))[kept], atol=1e-4, rtol=1e-3)
+    assert float(loss.max()) <= 0.01 / 0.05 + 1e-4
+    assert noise.std() == pytest.approx(1.0, abs=0.2)
 
 
 def test_acdit_learns_to_continue_a_prefix():
