@@ -223,6 +223,7 @@ class RunningMean:
 class LayerReport:
     """Counts of one layer since the last reset."""
 
+    backend: str | None = None
     dense_calls: int = 0
     fused_searches: int = 0
     cached_searches: int = 0

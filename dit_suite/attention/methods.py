@@ -11,7 +11,7 @@ import torch
 
 from dit_suite.attention import adaspa
 from dit_suite.attention.adaspa import AdaSpaConfig, LayerReport, LayerState, SearchResult
-from dit_suite.attention.block_sparse import WorkCounter, block_sparse_attention, count_pairs
+from dit_suite.attention.block_sparse import WorkCounter, block_sparse_attention, choose_backend, count_pairs
 from dit_suite.attention.calls import AttentionCall
 from dit_suite.attention.merge import attention_with_lse
 from dit_suite.attention.partition import Partition, auto_tile, partition_on
@@ -176,16 +176,19 @@ class AdaSpaMethod:
             report.cached_searches += 1
             self._search(call, state, report, query, key, order)
         report.sparse_calls += 1
-        result = state.result
+        result, block = state.result, self._block_size(call)
+        report.backend = self.config.backend
+        if report.backend == "auto":
+            report.backend = choose_backend(query, key, block).name
         out = block_sparse_attention(
             query,
             key,
             value,
             result.table,
             result.counts,
-            self._block_size(call),
+            block,
             scale=call.scale,
-            backend=self.config.backend,
+            backend=report.backend,
             return_lse=call.text_tokens > 0,
         )
         out, lse = out if call.text_tokens else (out, None)
@@ -195,13 +198,14 @@ class AdaSpaMethod:
         return call.join(out, lse)
 
     def stats(self) -> dict[str, Any]:
-        """Calls by kind, density, recall, tiers and search time: per layer and over all layers."""
+        """Calls by kind, density, recall, tiers, search time and the kernel used: per layer and over all layers."""
         with self._lock:
             reports = dict(sorted(self._reports.items()))
         layers = [
             {
                 "model": model,
                 "layer": layer,
+                "backend": r.backend,
                 "dense_calls": r.dense_calls,
                 "fused_searches": r.fused_searches,
                 "cached_searches": r.cached_searches,
@@ -218,7 +222,8 @@ class AdaSpaMethod:
         means = ("density", "recall_before_tiers", "recall")
         summary = {name: sum(row[name] for row in layers) for name in totals}
         summary |= {name: _mean(row[name] for row in layers if row[name] is not None) for name in means}
-        return {**summary, "layers": layers}
+        backends = sorted({row["backend"] for row in layers if row["backend"] is not None})
+        return {"backend": ", ".join(backends) or None, **summary, "layers": layers}
 
 
 class VMoBAMethod:
@@ -255,6 +260,10 @@ class VMoBAMethod:
         if self.config.kind(call.layer) is None or self._step_is_dense(call):
             report["dense_calls"] += 1
             return call.dense()
+        return call.join(*self._sparse(call, report))
+
+    def _sparse(self, call: AttentionCall, report: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of the video queries over the video keys they selected."""
         counter = WorkCounter()
         out, lse = vmoba_attention(
             *call.video(),
@@ -267,7 +276,7 @@ class VMoBAMethod:
         )
         report["sparse_calls"] += 1
         report["density"] += call.density(counter.pairs)
-        return call.join(out, lse)
+        return out, lse
 
     def stats(self) -> dict[str, Any]:
         """Calls by kind and density: per layer and over all layers."""

@@ -15,9 +15,9 @@ from dit_suite.attention.adaspa import AdaSpaConfig
 from dit_suite.attention.calls import AttentionCall
 from dit_suite.attention.layouts import LayoutRule, TokenLayout, read_layout, rule_for
 from dit_suite.attention.methods import AdaSpaMethod, StayDense, VMoBAMethod, smallest_useful
-from dit_suite.attention.routes import HOOK_NAME, dispatches, remove_diffusers_hook, route_for
+from dit_suite.attention.routes import HOOK_NAME, dispatches, route_for
 from dit_suite.attention.vmoba import VMoBAConfig
-from dit_suite.schedulers.root_hook import attach_root_hook
+from dit_suite.schedulers.root_hook import attach_root_hook, remove_diffusers_hook
 
 _SCOPE_HOOK = "dit_suite_attention_scope"
 

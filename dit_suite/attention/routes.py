@@ -16,6 +16,8 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch.overrides import TorchFunctionMode
 
+from dit_suite.schedulers.root_hook import remove_diffusers_hook
+
 HOOK_NAME = "dit_suite_attention"
 
 # (query, key, value, mask, scale, call it dense) -> output; tensors are (batch, heads, seq, head_dim).
@@ -28,18 +30,6 @@ Intercept = Callable[
 def dispatches(module: torch.nn.Module) -> bool:
     """Whether the module's processor hands its tensors to diffusers' dispatcher."""
     return hasattr(getattr(module, "processor", None), "_attention_backend")
-
-
-def remove_diffusers_hook(module: torch.nn.Module, name: str) -> None:
-    """Removes one hook; the last one leaves neither a registry nor a shadowed `forward` behind."""
-    registry = module.__dict__.get("_diffusers_hook")
-    if registry is None:
-        return
-    registry.remove_hook(name, recurse=False)
-    if not registry.hooks:
-        del module._diffusers_hook
-        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
-            del module.forward
 
 
 def _private_backend(name: str) -> AttentionBackendName:

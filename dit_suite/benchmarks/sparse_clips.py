@@ -13,33 +13,43 @@ from dit_suite.attention.adaspa import LayerState, recall
 from dit_suite.attention.block_mass import block_mass
 from dit_suite.attention.calls import AttentionCall
 from dit_suite.attention.merge import attention_with_lse
-from dit_suite.attention.methods import AdaSpaMethod
+from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod
 from dit_suite.attention.plugin import SparseAttentionHandle
 from dit_suite.benchmarks.sparse_contenders import Contender
+from dit_suite.metadata import write_atomically
 from dit_suite.schedulers.step_plan import current_step
 
 _PROBES = (0.3, 0.6, 0.9)
 
 
-class _Probe:
-    """Measures the exact recall of the tables in use at a few steps of a run. Kept out of timed runs."""
+class Probe:
+    """Measures the exact recall of what a method attends to, at a few steps of a run. Kept out of timed runs."""
 
-    def __init__(self, method: AdaSpaMethod, steps: set[int]) -> None:
+    def __init__(self, method: AdaSpaMethod | VMoBAMethod, steps: set[int]) -> None:
         self._steps = steps
         self._plain = method._sparse
         self._method = method
         self.recalls: list[float] = []
         method._sparse = self
 
-    def __call__(self, call: AttentionCall, state: LayerState, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, call: AttentionCall, state: Any, *args: Any, **kwargs: Any) -> Any:
         out = self._plain(call, state, *args, **kwargs)
         step = current_step()
         if step.step_index in self._steps and step.branch != "uncond":
-            (query, key, value), _ = self._method._video_in_order(call)
-            lse = attention_with_lse(query, key, value, call.scale)[1]
-            mass = block_mass(query, key, lse, self._method._block_size(call), scale=call.scale)
-            self.recalls.append(float(recall(mass, state.result.table, state.result.counts).mean()))
+            by_table = isinstance(state, LayerState)
+            self.recalls.append(self._block_recall(call, state) if by_table else weight_kept(call, out[1]))
         return out
+
+    def _block_recall(self, call: AttentionCall, state: LayerState) -> float:
+        (query, key, value), _ = self._method._video_in_order(call)
+        lse = attention_with_lse(query, key, value, call.scale)[1]
+        mass = block_mass(query, key, lse, self._method._block_size(call), scale=call.scale)
+        return float(recall(mass, state.result.table, state.result.counts).mean())
+
+
+def weight_kept(call: AttentionCall, lse: torch.Tensor) -> float:
+    """Mean share of the dense softmax weight that a selection kept, from the selection's log-sum-exp."""
+    return float(torch.exp(lse - attention_with_lse(*call.video(), call.scale)[1]).mean())
 
 
 def _clip(pipe: Any, prompt: str, args: argparse.Namespace) -> tuple[torch.Tensor, float]:
@@ -62,11 +72,14 @@ def _clip_key(args: argparse.Namespace, prompt: str, name: str, setting: str) ->
 
 
 def _known_clips(path: Path | None) -> list[dict[str, Any]]:
-    """Rows that an earlier run wrote; a last line that was cut off is left out."""
+    """Rows that an earlier run wrote; a last line that was cut off is taken out of the file."""
     if path is None or not path.is_file():
         return []
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    text = path.read_text("utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_atomically(path, lambda temporary: temporary.write_text(whole, "utf-8"))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def _measure_clip(pipe: Any, prompt: str, row: Contender, dense: torch.Tensor, args: argparse.Namespace) -> dict:
@@ -74,14 +87,14 @@ def _measure_clip(pipe: Any, prompt: str, row: Contender, dense: torch.Tensor, a
 
     method = row.build()
     probes = {round(share * args.num_inference_steps) for share in _PROBES}
-    probe = _Probe(method, probes) if isinstance(method, AdaSpaMethod) else None
+    probe = Probe(method, probes)
     with SparseAttentionHandle(pipe, method) as handle:
         clip, seconds = _clip(pipe, prompt, args)
         density = handle.stats()["density"]
     return {
         "psnr": float(psnr(clip, dense).mean()),
         "ssim": float(ssim(clip, dense).mean()),
-        "recall": statistics.mean(probe.recalls) if probe is not None and probe.recalls else None,
+        "recall": statistics.mean(probe.recalls) if probe.recalls else None,
         "density": density,
         "seconds": seconds,
     }

@@ -51,6 +51,7 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
     if args.rival_sparsity >= 0:
         s = args.rival_sparsity
         rows += [
+            Contender("adaspa-block-128", f"sparsity {s:g}", _adaspa(sparsity=s, block_size=128)),
             Contender("adaspa-one-tier", f"sparsity {s:g}", _adaspa(sparsity=s, head_adaptive=False)),
             Contender("radial", f"sparsity {s:g}", _rival("radial", "native", s, False, None)),
             Contender("sliding-tile", f"sparsity {s:g}", _rival("sliding-tile", "tile", s, False, (4, 4, 4))),

@@ -147,12 +147,26 @@ class RootHookHandle:
         hook = registry.get_hook(HOOK_NAME)
         hook.users -= 1
         if hook.users == 0:
-            registry.remove_hook(HOOK_NAME, recurse=False)
-            if not registry.hooks:
-                del module._diffusers_hook
-            instance_forward = module.__dict__.get("forward")
-            if getattr(instance_forward, "__func__", None) is type(module).forward:
-                del module.forward
+            remove_diffusers_hook(module, HOOK_NAME)
+
+
+def remove_diffusers_hook(module: torch.nn.Module, name: str) -> None:
+    """Removes one hook; the last one leaves neither a registry nor a shadowed `forward` behind.
+
+    A wrapper that accelerate put around the hook later (`enable_model_cpu_offload`) stays in place.
+    """
+    registry = module.__dict__.get("_diffusers_hook")
+    if registry is None:
+        return
+    outer = module.__dict__.get("forward")
+    registry.remove_hook(name, recurse=False)
+    wrapper = getattr(outer, "func", None)
+    if getattr(wrapper, "__module__", None) == "accelerate.hooks" and module.forward is not outer:
+        module._old_forward, module.forward = module.forward, outer
+    if not registry.hooks:
+        del module._diffusers_hook
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
 
 
 def attach_root_hook(module: torch.nn.Module, pipeline: Any = None) -> RootHookHandle:

@@ -1,7 +1,11 @@
 """Sparse attention beside other things that hook into a transformer: BAC, group offload."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
 
 from dit_suite.attention import AdaSpaConfig, apply_adaspa
 from dit_suite.caching.bac import apply_bac
@@ -61,3 +65,26 @@ def test_group_offload_keeps_working():
         assert handle.stats()["sparse_calls"] == 3
     assert out.isfinite().all()
     assert (forward(model, given) - dense).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("offload_first", [True, False])
+def test_model_offload_survives_the_plug_in(offload_first):
+    """What `enable_model_cpu_offload` does to a transformer, with the CPU as its device."""
+    model, given = build("wan"), wan_inputs()
+    dense = forward(model, given)
+    config = AdaSpaConfig(search_steps=(1,), **FULL)
+    handle = None if offload_first else apply_adaspa(model, config)
+    cpu_offload_with_hook(model, torch.device("cpu"))
+    moved = []
+    with patch.object(model._hf_hook, "pre_forward", side_effect=lambda m, *a, **k: moved.append(m) or (a, k)):
+        handle = handle or apply_adaspa(model, config)
+        for timestep in (900.0, 700.0, 500.0):
+            out = forward(model, given | {"timestep": torch.tensor([timestep])})
+        assert handle.stats()["sparse_calls"] == 3
+        handle.remove()
+        assert torch.equal(forward(model, given), dense)
+    assert len(moved) == 4
+    assert out.isfinite().all()
+    remove_hook_from_module(model)
+    assert torch.equal(forward(model, given), dense)
+    assert "_diffusers_hook" not in vars(model)

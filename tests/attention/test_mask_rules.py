@@ -15,9 +15,13 @@ from dit_suite.attention.mask_rules import (
     sliding_tile_score,
 )
 from dit_suite.attention.merge import attention_with_lse
+from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod
 from dit_suite.attention.partition import partition
 from dit_suite.attention.plugin import SparseAttentionHandle
-from dit_suite.benchmarks import discover
+from dit_suite.attention.vmoba import VMoBAConfig
+from dit_suite.benchmarks import discover, sparse_clips
+from dit_suite.benchmarks.sparse_clips import Probe
+from dit_suite.benchmarks.sparse_contenders import contenders
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from tests.attention.tiny_models import build, forward, wan_inputs
 
@@ -100,6 +104,53 @@ def test_the_kernel_benchmark_reports_errors_and_gains():
     assert rows[0]["step_speedup"] == 1.0
     assert rows[2]["max_error"] < 1e-5
     assert all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_probe_measures_the_weight_that_was_kept(share):
+    """At a full budget it is 1; below, both ways to measure it (tables, log-sum-exp) lie between the share and 1."""
+    model, given = build("wan"), wan_inputs()
+    blocks = {"block_1d": 1.0, "block_2d": (2, 2), "block_3d": (2, 2, 2)}
+    adaspa = AdaSpaConfig(sparsity=1.0 - share, block_size=16, search_steps=(0.0,), min_tokens=0, head_adaptive=False)
+    vmoba = VMoBAConfig(topk_ratio=share, dense_first_steps=0.0, min_tokens=0, **blocks)
+    for method in (AdaSpaMethod(adaspa), VMoBAMethod(vmoba)):
+        probe, run = Probe(method, {1}), Run()
+        with SparseAttentionHandle(model, method):
+            for step in range(3):
+                with publish_step(StepContext(step, 10, 1.0, "cond", run=run)):
+                    forward(model, given)
+        assert len(probe.recalls) == 3
+        if share == 1.0:
+            assert probe.recalls == pytest.approx([1.0] * 3, abs=1e-5)
+        else:
+            assert all(share - 0.1 < recall < 0.999 for recall in probe.recalls)
+
+
+def test_clips_in_the_file_are_not_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def clip(pipe, prompt, args):
+        made.append(prompt)
+        return torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 1.0
+
+    monkeypatch.setattr(sparse_clips, "_clip", clip)
+    model, parser = build("wan"), argparse.ArgumentParser()
+    discover()["sparse-attention"].add_arguments(parser)
+    file = tmp_path / "clips.jsonl"
+    args = parser.parse_args(
+        ["--prompts", "a", "b", "--methods", "vmoba", "adaspa-tile:0.8", "--clips-file", str(file)]
+    )
+    sparse_clips.make_clips(model, contenders(args), args)
+    assert made == ["a"] * 3 + ["b"] * 3  # dense, then two methods
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3]) + lines[3][:20])  # stopped while writing the last row
+    for expected in (["b"] * 2, []):
+        made.clear()
+        rows = contenders(args)
+        sparse_clips.make_clips(model, rows, args)
+        assert made == expected
+    assert len(file.read_text().splitlines()) == 4
+    assert [row.mean("psnr") for row in rows] == [100.0, 100.0]
 
 
 def test_the_benchmark_refuses_unknown_methods_and_missing_gpus():

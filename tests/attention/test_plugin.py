@@ -152,6 +152,7 @@ def test_steps_before_the_search_are_bitwise_dense_and_calls_are_counted():
     assert stats["sparse_calls"] == 5 * layers * branches
     assert len(stats["layers"]) == layers
     assert stats["layers"][0]["recall"] <= 1.0
+    assert stats["backend"] == stats["layers"][0]["backend"] == "grouped"
     assert stats["search_seconds"] > 0
 
 
