@@ -66,7 +66,8 @@ class SampleFolder:
 
     def _refuse_other_job(self) -> None:
         path = self.folder / "run.json"
-        if not path.is_file():
+        # a run that failed before its first sample binds nobody
+        if not path.is_file() or not any(found.stem.isdigit() for found in self.folder.rglob(f"*{self.suffix}")):
             return
         try:
             there = json.loads(path.read_text("utf-8"))

@@ -17,6 +17,18 @@ CLOSE_QUANTILE = 0.01
 LISTED = 5
 
 
+def check_sizes(given: tuple[int, ...], trained: tuple[int, ...]) -> None:
+    """Refuses pictures that can't be compared in grey levels; an empty shape is one that is not known yet.
+
+    Raises:
+        ValueError: training samples and samples differ in size.
+    """
+    if given and trained and given != trained:
+        height, width = given[-3:-1]
+        hint = f": give DATA.parquet:train,size={height}" if height == width and len(trained) == 3 else ""
+        raise ValueError(f"training samples are {trained}, the samples are {given}{hint}")
+
+
 class PixelObserver:
     """Root-mean-square grey-level distance (0..255) of every sample to its nearest training sample.
 
@@ -29,8 +41,7 @@ class PixelObserver:
         self.bank: torch.Tensor | None = None
 
     def _load(self, shape: tuple[int, ...]) -> torch.Tensor:
-        if tuple(self.train.shape) != shape:
-            raise ValueError(f"training samples are {tuple(self.train.shape)}, the samples are {shape}")
+        check_sizes(shape, tuple(self.train.shape))
         rows = self.train.read(range(len(self.train)))
         return torch.from_numpy(np.ascontiguousarray(rows)).flatten(1).float()
 

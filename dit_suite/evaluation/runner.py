@@ -95,6 +95,7 @@ class Evaluation:
         ):
             if isinstance(side, FeatureSet):
                 self._check_feature_set(side, label)
+        memorisation.check_sizes(*(tuple(getattr(side, "shape", ())) for side in (inputs.samples, inputs.train)))
         for side, label in ((inputs.train, "train"), (inputs.floor, "floor")):
             if isinstance(side, FeatureSet):
                 check_comparable(side, self._probe())

@@ -100,6 +100,13 @@ def test_runs_of_different_length_get_no_verdict(source, make_squares):
     assert report.comparison == [] and any("no verdict" in text for text in report.warnings)
 
 
+def test_training_pictures_of_another_size_are_refused_at_once(source, make_squares):
+    small, large = source(make_squares(8, 0)), source(make_squares(8, 1).repeat(2, axis=1).repeat(2, axis=2))
+    side = small.shape[0]
+    with pytest.raises(ValueError, match=rf"training samples are .* give DATA.parquet:train,size={side}"):
+        Evaluation(Inputs(small, small, train=large), RandomConv(), parse_metrics("kid"), OPTIONS)
+
+
 def test_memorised_samples_are_noticed(source, make_squares):
     train, real = make_squares(60, 0), source(make_squares(50, 1))
     copied = np.concatenate([train[:30], make_squares(30, 7, noise=5)])

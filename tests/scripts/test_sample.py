@@ -142,6 +142,12 @@ def test_other_options_in_the_same_folder_are_refused(model, reference, capsys):
     assert {p.name: p.stat().st_mtime_ns for p in reference.iterdir()} == before
 
 
+def test_a_run_without_samples_does_not_bind_the_folder(model, tmp_path):
+    (tmp_path / "run.json").write_text('{"options": {"guidance_scale": 99.0}}')
+    assert main(arguments(model, tmp_path, num_samples=2)) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["options"]["num_inference_steps"] == 3
+
+
 def test_more_samples_continue_the_folder(model, tmp_path):
     assert main(arguments(model, tmp_path, num_samples=2)) == 0
     first = (tmp_path / "000001.png").read_bytes()
