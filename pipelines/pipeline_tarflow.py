@@ -199,7 +199,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         latents = self.transformer.unpatchify(
             self.transformer.patchify(latents) * self.transformer.var.to(device, torch.float32).sqrt()
         )
-        calls = sum(len(each.windows(self.transformer.num_tokens)) for each in strategies)
+        calls = sum(len(each.calls(self.transformer.num_tokens)) for each in strategies)
         run, traces = Run(), []
         denoising = output_type != "latent" and denoise_strength > 0
         num_steps = count + int(denoising)

@@ -1,6 +1,6 @@
 """Plans how a TarFlow checkpoint is sampled: per block the solver, its first guess and its sweeps.
 
-    python scripts/plan_tarflow.py emoji-tarflow-64 planned-checkpoint --psnr 38 --batch-size 8
+    python scripts/plan_tarflow.py emoji-tarflow-64 planned-checkpoint --psnr 36 --batch-size 8
 
 Measures on samples of the model itself, fits the linear first guesses, and writes a copy of the checkpoint whose
 scheduler config is the strategy. The pipeline uses it by default.
@@ -37,17 +37,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or bundled name")
     parser.add_argument("output", type=Path, help="folder to create")
-    parser.add_argument("--psnr", type=float, default=38.0, help="dB to the sequential picture, worst sample")
+    parser.add_argument(
+        "--psnr", type=float, default=36.0, help="dB to the sequential picture that the worst of many must keep"
+    )
     parser.add_argument("--max-seconds", type=float, help="plan for this time per batch instead of a PSNR")
     parser.add_argument("--batch-size", type=int, default=8, help="batch that times are measured for")
-    parser.add_argument("--samples", type=int, default=72, help="calibration samples; a third is held out")
+    parser.add_argument(
+        "--samples", type=int, default=128, help="calibration samples, a quarter of them for the last check"
+    )
     parser.add_argument("--kernel", type=int, default=3, help="side of the linear guess in tokens; 0: none")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="guidance that the plan is for")
     parser.add_argument("--seed", type=int, default=1_000_000, help="first seed of the calibration samples")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
-    if arguments.samples < 6 or arguments.samples // 3 < arguments.batch_size:
-        parser.error("--samples must be at least 6 and three times the batch size")
+    if arguments.samples < 8 or arguments.samples // 4 < arguments.batch_size:
+        parser.error("--samples must be at least 8 and four times the batch size")
     if arguments.kernel < 0 or (arguments.kernel and arguments.kernel % 2 == 0):
         parser.error("--kernel must be odd, or 0")
     return arguments
@@ -71,12 +75,15 @@ def make_plan(arguments: argparse.Namespace) -> tuple:
     guidance = FlowGuidance(arguments.guidance_scale - 1.0, annealed=True)
     print(f"solving {arguments.samples} samples sequentially", flush=True)
     calibration = calibrate(model, noise, labels, guidance)
-    held_out = arguments.samples // 3
+    unseen = arguments.samples // 4
+    chosen_by = arguments.samples
     if arguments.kernel and not model.config.guess_kernel:
-        model = fit_guesses(model, calibration.rows(slice(held_out, None)), arguments.kernel)
+        chosen_by -= unseen
+        model = fit_guesses(model, calibration.rows(slice(chosen_by, None)), arguments.kernel)
     planner = Planner(
         model,
-        calibration.rows(slice(0, held_out)),
+        calibration.rows(slice(unseen, chosen_by)),
+        calibration.rows(slice(0, unseen)),
         guidance,
         arguments.batch_size,
         say=lambda line: print(line, flush=True),
@@ -85,7 +92,6 @@ def make_plan(arguments: argparse.Namespace) -> tuple:
     record = {
         "target_psnr": arguments.psnr,
         "batch_size": arguments.batch_size,
-        "held_out_samples": held_out,
         "guidance_scale": arguments.guidance_scale,
         "threads": torch.get_num_threads(),
         "machine": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
@@ -127,8 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, strategy in enumerate(plan.strategies):
         print(f"block {len(plan.strategies) - 1 - number}: {strategy}")
     print(
-        f"{plan.sequential_seconds / plan.seconds:.2f}x ({plan.sequential_seconds:.3f} s -> {plan.seconds:.3f} s), "
-        f"PSNR worst {float(plan.psnr.min()):.1f} dB, mean {float(plan.psnr.mean()):.1f} dB"
+        f"{plan.sequential_seconds / plan.seconds:.2f}x ({plan.sequential_seconds:.3f} s -> {plan.seconds:.3f} s; best "
+        f"fixed strategy {plan.fixed[-1]['seconds']:.3f} s), PSNR on {len(plan.psnr)} unseen pictures: "
+        f"worst {float(plan.psnr.min()):.1f} dB, mean {float(plan.psnr.mean()):.1f} dB"
     )
     return 0
 

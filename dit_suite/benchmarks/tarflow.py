@@ -4,6 +4,9 @@ Every method inverts the same noise in turn, batch by batch, so that a busy mach
 warms up and is not timed. `speedup` is the median over batches of the ratio of wall times to the sequential sampler,
 `cpu_speedup` that of CPU times. PSNR is to the sequential pictures, before the score step, which is the same for all
 methods and is timed in a row of its own; `with_denoise` is the ratio when both sides pay for it.
+
+`sweeps` is the mean number of sweeps of a sample over the blocks solved by sweeps, `network_calls` counts calls of a
+block's network, and `passes` what they computed, in whole sequences per block.
 """
 
 import argparse
@@ -15,7 +18,8 @@ from typing import Any
 import torch
 
 from dit_suite.schedulers.generators import randn_per_sample, sample_generators
-from dit_suite.schedulers.gs_jacobi import BlockStrategy, FlowGuidance, GSJacobiScheduler
+from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler
+from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
 
 NAME = "tarflow"
 
@@ -31,6 +35,7 @@ class Method:
     cpu: list[float] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
     token_passes: list[float] = field(default_factory=list)
+    sweeps: list[float] = field(default_factory=list)
     pictures: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -86,7 +91,7 @@ class Bench:
         """Inverts one batch of tokens and books what it took."""
         model, tokens = self.pipe.transformer, noise * self.pipe.transformer.var.sqrt()
         scheduler, count = GSJacobiScheduler(), len(self.pipe.transformer.blocks)
-        calls, passes = 0, 0.0
+        calls, passes, sweeps = 0, 0.0, []
         _sync(self.device)
         wall, cpu = time.perf_counter(), time.process_time()
         for index, strategy in enumerate(method.strategies):
@@ -98,12 +103,15 @@ class Bench:
             calls += trace.calls
             sequential = strategy.is_sequential(model.num_tokens)
             passes += (trace.calls if sequential else sum(trace.covered)) / model.num_tokens
+            if not sequential:
+                sweeps.append(float(trace.sweeps.float().mean()))
         _sync(self.device)
         if keep:
             method.wall.append(time.perf_counter() - wall)
             method.cpu.append(time.process_time() - cpu)
             method.calls.append(calls)
             method.token_passes.append(passes)
+            method.sweeps.append(statistics.mean(sweeps) if sweeps else 0.0)
             method.pictures.append(model.unpatchify(tokens).clamp(-1, 1))
 
     def denoise(self, pictures: torch.Tensor, labels: torch.Tensor | None) -> tuple[float, float]:
@@ -182,6 +190,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "speedup": _ratio(base.wall, row.wall),
             "cpu_speedup": _ratio(base.cpu, row.cpu),
             "with_denoise": _ratio(total_base, total),
+            "sweeps": statistics.mean(row.sweeps),
             "network_calls": statistics.median(row.calls),
             "passes": statistics.median(row.token_passes),
             "psnr_min": None if row is base else float(quality.min()),

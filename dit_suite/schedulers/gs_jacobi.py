@@ -5,13 +5,11 @@ the last block first. In the block's own token order the unknowns x obey
 
     x_0 = z_0,    x_t = exp(a_t(x_<t)) * z_t + b_t(x_<t)
 
-`GSJacobiScheduler.step` solves one block in one of three ways:
+`GSJacobiScheduler.step` solves one block in one of two ways:
 
 - sequential: forward substitution with a preallocated KV cache, T - 1 network calls of one token;
 - Jacobi / Gauss-Seidel-Jacobi: the sequence is cut into modules; all tokens of a module are updated at once, `sweeps`
-  times, while the modules before it stay fixed with their keys and values cached;
-- staggered: as before, but sweep k of a module shares a network call with sweep k - 1 of the next module, sweep k - 2
-  of the one after, and so on: a window of `sweeps` modules slides over the sequence. Same work, fewer calls.
+  times, while the modules before it stay fixed with their keys and values cached.
 
 After k sweeps the first k tokens of a module are exact whatever the initial guess, so `sweeps` >= module length gives
 the sequential solution.
@@ -19,164 +17,21 @@ the sequential solution.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils import BaseOutput
 
 from dit_suite.models.tarflow import LayerCache, TarFlowBlock, TarFlowModel
+from dit_suite.schedulers.flow_system import DIVERGED, BlockTrace, FlowSystem, Watch, first_iterate, ignore, never
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
 
 STOPPING = ("sample", "batch")
-DIVERGED = 1e6
 
 
-@dataclass
-class BlockTrace(BaseOutput):
-    """One solved block.
-
-    Attributes:
-        prev_sample: tokens `(batch, tokens, token_dim)` in image order, float32.
-        block: index of the block.
-        residuals: per sweep, `(batch,)` sums of squared changes of the tokens it covered; 0 for finished samples.
-        modules: the module of every sweep.
-        covered: the number of tokens that every sweep updated.
-        sweeps: `(batch,)` sweeps that each sample took part in.
-        calls: network calls (guidance runs both branches in one call).
-        fallbacks: samples that diverged and were solved sequentially.
-        interrupted: True when `should_stop` ended the solution early.
-    """
-
-    prev_sample: torch.Tensor
-    block: int = 0
-    residuals: list[torch.Tensor] = field(default_factory=list)
-    modules: list[int] = field(default_factory=list)
-    covered: list[int] = field(default_factory=list)
-    sweeps: torch.Tensor | None = None
-    calls: int = 0
-    fallbacks: tuple[int, ...] = ()
-    interrupted: bool = False
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        return self.prev_sample
-
-    def residual_norms(self) -> torch.Tensor:
-        """Per sweep, the residual of the reference: Frobenius norm over the batch / (batch * token_dim)."""
-        if not self.residuals:
-            return torch.zeros(0)
-        batch, _, token_dim = self.prev_sample.shape
-        return torch.stack(self.residuals).sum(dim=1).sqrt() / (batch * token_dim)
-
-    def residual_rms(self) -> torch.Tensor:
-        """`(sweeps, batch)`: root mean square change of each sample per number covered."""
-        counts = torch.tensor(self.covered, device=self.prev_sample.device) * self.prev_sample.shape[2]
-        return (torch.stack(self.residuals) / counts[:, None]).sqrt()
-
-
-class FlowSystem:
-    """The equations of one block for one batch: block order, class vectors, guidance and caches.
-
-    Args:
-        block: the block.
-        latents: `(batch, tokens, token_dim)` in image order.
-        class_labels: `(batch,)` or None.
-        guidance: off unless active and the two branches differ.
-    """
-
-    def __init__(
-        self, block: TarFlowBlock, latents: torch.Tensor, class_labels: torch.Tensor | None, guidance: FlowGuidance
-    ) -> None:
-        self.block = block
-        self.latents = block.order(latents.float()).contiguous()
-        self.batch, self.length, _ = latents.shape
-        self.positions = block.order(block.pos_embed, 0)
-        self.condition = block.condition(class_labels)
-        if self.condition is not None:
-            self.condition = self.condition.expand(self.batch, -1, -1)
-        labelled = self.condition is not None and class_labels is not None
-        self.guidance = guidance if guidance.active and (labelled or guidance.temperature != 1.0) else None
-        self.weaker = None if self.condition is None else block.condition(None).expand(self.batch, -1, -1)
-
-    def new_caches(self) -> list[LayerCache]:
-        rows = self.batch * (1 if self.guidance is None else 2)
-        weight = self.block.proj_in.weight
-        shape = [(rows, layer.heads, self.length, layer.head_dim) for layer in self.block.layers]
-        zeros = [[torch.zeros(s, dtype=weight.dtype, device=weight.device) for _ in range(2)] for s in shape]
-        return [LayerCache(keys, values) for keys, values in zeros]
-
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """The rows of the caches that belong to the samples in `index`."""
-        return index if self.guidance is None else torch.cat([index, index + self.batch])
-
-    def update(
-        self, tokens: torch.Tensor, start: int, caches: list[LayerCache] | None, index: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """New values of the tokens after each input: `(rows, length, token_dim)` float32.
-
-        Args:
-            tokens: inputs at `start ..`, `(rows, length, token_dim)`.
-            caches: of these rows.
-            index: the samples that the rows are; None for the whole batch.
-        """
-        condition, weaker, latents = self.condition, self.weaker, self.latents
-        if index is not None:
-            latents = latents.index_select(0, index)
-            condition = None if condition is None else condition.index_select(0, index)
-            weaker = None if weaker is None else weaker.index_select(0, index)
-        end = start + tokens.shape[1]
-        if self.guidance is None:
-            log_scale, shift = self.block.next_affine(tokens, condition, start, None, caches, self.positions)
-        else:
-            log_scale, shift = self._guided(tokens, condition, weaker, start, caches)
-        return torch.exp(log_scale) * latents[:, start + 1 : end + 1] + shift
-
-    def _guided(
-        self,
-        tokens: torch.Tensor,
-        condition: torch.Tensor | None,
-        weaker: torch.Tensor | None,
-        start: int,
-        caches: list[LayerCache] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        guidance, rows = self.guidance, tokens.shape[0]
-        scale = torch.ones(2 * rows, 1, 1, 1, device=tokens.device)
-        scale[rows:] = 1.0 / guidance.temperature
-        both = None if condition is None else torch.cat([condition, weaker])
-        log_scale, shift = self.block.next_affine(
-            torch.cat([tokens, tokens]), both, start, scale, caches, self.positions
-        )
-        weight = guidance.scale
-        if guidance.annealed:
-            steps = torch.arange(start + 1, start + tokens.shape[1] + 1, device=tokens.device, dtype=torch.float32)
-            weight = (guidance.scale / (self.length - 1)) * steps[:, None]
-        result = []
-        for name, value in (("a", log_scale), ("b", shift)):
-            strong, weak = value.chunk(2)
-            result.append(strong + weight * (strong - weak) if name in guidance.parameters else strong)
-        return result[0], result[1]
-
-
-def _never() -> bool:
-    return False
-
-
-def _ignore(calls: int) -> None:
-    """Progress that nobody watches."""
-
-
-@dataclass(frozen=True)
-class _Watch:
-    """What runs between two network calls: progress and interruption."""
-
-    progress: Callable[[int], None] = _ignore
-    should_stop: Callable[[], bool] = _never
-
-
-def solve_sequential(system: FlowSystem, trace: BlockTrace, watch: _Watch) -> torch.Tensor:
+def solve_sequential(system: FlowSystem, trace: BlockTrace, watch: Watch) -> torch.Tensor:
     """Forward substitution; returns the tokens in the block's order."""
     found = system.latents.clone()
     caches = system.new_caches()
@@ -190,22 +45,11 @@ def solve_sequential(system: FlowSystem, trace: BlockTrace, watch: _Watch) -> to
     return found
 
 
-def first_iterate(system: FlowSystem, guess: str) -> torch.Tensor:
-    """Where sweeps start, in the block's order; token 0 is always the latent's."""
-    tokens = system.latents.clone()
-    if guess == "zero":
-        tokens[:, 1:] = 0.0
-    elif guess == "linear":
-        guessed = system.block.initial_guess(system.block.order(system.latents))
-        tokens[:, 1:] = system.block.order(guessed)[:, 1:]
-    return tokens
-
-
 class _Sweeper:
     """Jacobi updates of one block. `found` holds the iterate in the block's order."""
 
     def __init__(
-        self, system: FlowSystem, strategy: BlockStrategy, clamp: float | None, trace: BlockTrace, watch: _Watch
+        self, system: FlowSystem, strategy: BlockStrategy, clamp: float | None, trace: BlockTrace, watch: Watch
     ) -> None:
         self.system = system
         self.clamp = clamp
@@ -259,26 +103,14 @@ class _Sweeper:
         return change
 
 
-def _solve_staggered(sweeper: _Sweeper, windows: list[tuple[int, int, int]]) -> None:
-    wild = torch.zeros_like(sweeper.diverged)
-    for number, (start, end, module) in enumerate(windows):
-        if sweeper.watch.should_stop():
-            sweeper.trace.interrupted = True
-            return
-        sweeper.sweep(start, end, module, None, sweeper.caches)
-        leaves = number + 1 == len(windows) or windows[number + 1][0] > start
-        wild = wild | sweeper.diverged if leaves else wild
-    sweeper.diverged = wild
-
-
-def _solve_modules(sweeper: _Sweeper, windows: list[tuple[int, int, int]], tolerance: float, stopping: str) -> None:
+def _solve_modules(sweeper: _Sweeper, calls: list[tuple[int, int, int]], tolerance: float, stopping: str) -> None:
     """Module after module; a sample whose change is within `tolerance` takes no part in the module's later sweeps."""
     system, wild = sweeper.system, torch.zeros_like(sweeper.diverged)
     token_dim = system.latents.shape[2]
     position = 0
-    while position < len(windows):
-        start, end, module = windows[position]
-        budget = sum(1 for window in windows if window[2] == module)
+    while position < len(calls):
+        start, end, module = calls[position]
+        budget = sum(1 for call in calls if call[2] == module)
         position += budget
         active: torch.Tensor | None = None
         caches = sweeper.caches
@@ -338,9 +170,8 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         modules: per block, 0 sequential, 1 Jacobi, G modules.
         sweeps: per block, updates per module at most.
         guesses: per block, "latent", "zero" or "linear".
-        staggered: per block, slide over the modules instead of finishing one after the other.
         tolerances: per block, a sample leaves a module when the root mean square change of a sweep is at most this;
-            negative: the number of sweeps is fixed. Staggered blocks have a fixed number.
+            negative: the number of sweeps is fixed.
         tolerance: the same for blocks whose own is lower.
         stopping: "sample" decides for every sample by itself; "batch" is the reference's pooled rule (Frobenius norm
             over the batch / (batch * token_dim) against `tolerance`).
@@ -356,7 +187,6 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         modules: list[int] | None = None,
         sweeps: list[int] | None = None,
         guesses: list[str] | None = None,
-        staggered: list[bool] | None = None,
         tolerances: list[float] | None = None,
         tolerance: float = -1.0,
         stopping: str = "sample",
@@ -369,9 +199,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"clamp must be above 0 or None, got {clamp}")
         if math.isnan(tolerance):
             raise ValueError("tolerance must be a number, got nan")
-        given = {
-            "modules": modules, "sweeps": sweeps, "guesses": guesses, "staggered": staggered, "tolerances": tolerances
-        }  # fmt: skip
+        given = {"modules": modules, "sweeps": sweeps, "guesses": guesses, "tolerances": tolerances}
         lengths = {name: len(values) for name, values in given.items() if values is not None}
         if lengths and ("modules" not in lengths or len(set(lengths.values())) > 1):
             raise ValueError(f"a strategy needs lists of one length, modules among them, got lengths {lengths}")
@@ -379,9 +207,11 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         if modules is not None:
             count = len(modules)
             columns = (
-                modules, sweeps or [1] * count, guesses or ["latent"] * count, staggered or [False] * count,
+                modules,
+                sweeps or [1] * count,
+                guesses or ["latent"] * count,
                 tolerances or [-1.0] * count,
-            )  # fmt: skip
+            )
             self.strategies = tuple(BlockStrategy(*row) for row in zip(*columns, strict=True))
         self.timesteps = torch.zeros(0, dtype=torch.int64)
 
@@ -403,7 +233,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
 
     def planned_calls(self, num_blocks: int, tokens: int) -> int:
         """Network calls of a whole sample if no sample stops early."""
-        return sum(len(self.strategy_of(block, num_blocks).windows(tokens)) for block in range(num_blocks))
+        return sum(len(self.strategy_of(block, num_blocks).calls(tokens)) for block in range(num_blocks))
 
     @torch.no_grad()
     def step(
@@ -415,8 +245,8 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         guidance: FlowGuidance | None = None,
         strategy: BlockStrategy | None = None,
         tolerance: float | None = None,
-        progress: Callable[[int], None] = _ignore,
-        should_stop: Callable[[], bool] = _never,
+        progress: Callable[[int], None] = ignore,
+        should_stop: Callable[[], bool] = never,
         return_dict: bool = True,
     ) -> BlockTrace | tuple[torch.Tensor]:
         """Inverts one block.
@@ -441,17 +271,13 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         system = FlowSystem(block, sample, class_labels, guidance)
         trace = BlockTrace(sample, block=int(timestep))
         trace.sweeps = torch.zeros(system.batch, dtype=torch.int64, device=sample.device)
-        watch = _Watch(progress, should_stop)
+        watch = Watch(progress, should_stop)
+        limit = max(strategy.tolerance, self.config.tolerance) if tolerance is None else tolerance
         if strategy.is_sequential(system.length):
             found = solve_sequential(system, trace, watch)
         else:
             sweeper = _Sweeper(system, strategy, self.config.clamp, trace, watch)
-            windows = strategy.windows(system.length)
-            if strategy.staggered and strategy.modules > 1:
-                _solve_staggered(sweeper, windows)
-            else:
-                limit = max(strategy.tolerance, self.config.tolerance) if tolerance is None else tolerance
-                _solve_modules(sweeper, windows, limit, self.config.stopping)
+            _solve_modules(sweeper, strategy.calls(system.length), limit, self.config.stopping)
             found = sweeper.found
             if bool(sweeper.diverged.any()) and not trace.interrupted:
                 found = self._solve_again(block, sample, class_labels, guidance, sweeper, trace)
@@ -478,7 +304,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         labels = None if class_labels is None else class_labels.index_select(0, index)
         system = FlowSystem(block, sample.index_select(0, index), labels, guidance)
         trace.fallbacks = tuple(index.tolist())
-        return sweeper.found.index_copy(0, index, solve_sequential(system, trace, _Watch()))
+        return sweeper.found.index_copy(0, index, solve_sequential(system, trace, Watch()))
 
 
 @dataclass(frozen=True)

@@ -41,14 +41,12 @@ class BlockStrategy:
         sweeps: updates per module at most.
         guess: first iterate: "latent" (x = z), "zero" (x = z_0, 0, 0, ...), or "linear" (the block's fitted
             prediction of x from z, see `TarFlowBlock.initial_guess`).
-        staggered: slide a window of `sweeps` modules instead of finishing module after module.
         tolerance: root mean square change at which a sample leaves a module; negative for a fixed number of sweeps.
     """
 
     modules: int = 0
     sweeps: int = 1
     guess: str = "latent"
-    staggered: bool = False
     tolerance: float = -1.0
 
     def __post_init__(self) -> None:
@@ -60,7 +58,7 @@ class BlockStrategy:
     def is_sequential(self, tokens: int) -> bool:
         return self.modules == 0 or self.modules >= tokens
 
-    def windows(self, tokens: int) -> list[tuple[int, int, int]]:
+    def calls(self, tokens: int) -> list[tuple[int, int, int]]:
         """The network calls of a block without early stopping: (first input, end of inputs, module).
 
         Inputs `start .. end - 1` update the tokens `start + 1 .. end`. Modules cover every token; their lengths differ
@@ -71,14 +69,4 @@ class BlockStrategy:
             return [(position, position + 1, 0) for position in range(last)]
         edges = [module * tokens // self.modules for module in range(self.modules)] + [last]
         spans = [(edges[m], edges[m + 1], m) for m in range(self.modules) if edges[m] < edges[m + 1]]
-        if not self.staggered:
-            return [span for span in spans for _ in range(self.sweeps)]
-        calls = []
-        for head in range(len(spans) + self.sweeps - 1):
-            tail = max(0, head - self.sweeps + 1)
-            calls.append((spans[tail][0], spans[min(head, len(spans) - 1)][1], tail))
-        return calls
-
-    def work(self, tokens: int) -> float:
-        """Token evaluations of a block in units of one pass over the sequence."""
-        return sum(end - start for start, end, _ in self.windows(tokens)) / tokens
+        return [span for span in spans for _ in range(self.sweeps)]

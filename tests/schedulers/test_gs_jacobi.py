@@ -48,20 +48,18 @@ def test_sequential_equals_the_prefix_reference(guidance):
 
 @pytest.mark.parametrize("guess", ["latent", "zero", "linear"])
 @pytest.mark.parametrize("modules", [1, 2, 3, 4, 5, 8])
-@pytest.mark.parametrize("staggered", [False, True])
-def test_enough_sweeps_are_exact_for_every_partition(modules, guess, staggered):
+def test_enough_sweeps_are_exact_for_every_partition(modules, guess):
     """9 tokens: only 1 and 3 divide them. A module of L tokens is exact after L sweeps."""
     model = tiny_model(guess_kernel=3)
     for block in model.blocks:
         torch.nn.init.normal_(block.guess.weight, std=0.1)
     exact = solve(model, noise(3), LABELS[:3], GSJacobiScheduler()).tokens
     length = -(-TOKENS // modules)
-    sweeps = TOKENS if staggered else length
-    scheduler = GSJacobiScheduler([modules] * 3, [sweeps] * 3, [guess] * 3, [staggered] * 3)
+    scheduler = GSJacobiScheduler([modules] * 3, [length] * 3, [guess] * 3)
     solution = solve(model, noise(3), LABELS[:3], scheduler)
     torch.testing.assert_close(solution.tokens, exact, atol=1e-5, rtol=0)
-    if length > 2 and modules > 1 and not staggered:
-        short = GSJacobiScheduler([modules] * 3, [1] * 3, [guess] * 3, [staggered] * 3)
+    if length > 2 and modules > 1:
+        short = GSJacobiScheduler([modules] * 3, [1] * 3, [guess] * 3)
         assert (solve(model, noise(3), LABELS[:3], short).tokens - exact).abs().max() > 1e-4
 
 
@@ -76,22 +74,15 @@ def test_first_tokens_are_exact_after_each_sweep():
         assert error[sweeps + 1] > 1e-4
 
 
-def test_windows_cover_every_token():
+def test_calls_cover_every_token():
     for tokens in (2, 7, 16):
         for modules in range(1, tokens + 2):
-            for staggered in (False, True):
-                covered = [0] * tokens
-                for start, end, _ in BlockStrategy(modules, 2, staggered=staggered).windows(tokens):
-                    for position in range(start, end):
-                        covered[position + 1] += 1
-                wanted = 1 if modules >= tokens else 2
-                assert covered[0] == 0 and set(covered[1:]) == {wanted}, (tokens, modules, staggered)
-
-
-def test_staggered_needs_fewer_calls_for_the_same_work():
-    plain, slid = BlockStrategy(8, 3), BlockStrategy(8, 3, staggered=True)
-    assert len(plain.windows(256)) == 24 and len(slid.windows(256)) == 10
-    assert plain.work(256) == slid.work(256)
+            covered = [0] * tokens
+            for start, end, _ in BlockStrategy(modules, 2).calls(tokens):
+                for position in range(start, end):
+                    covered[position + 1] += 1
+            wanted = 1 if modules >= tokens else 2
+            assert covered[0] == 0 and set(covered[1:]) == {wanted}, (tokens, modules)
 
 
 def test_number_of_sweeps():
@@ -229,14 +220,12 @@ def test_interruption_stops_before_the_next_call():
 
 
 def test_scheduler_config_round_trip(tmp_path):
-    scheduler = GSJacobiScheduler(
-        [0, 1, 4], [1, 2, 3], ["latent", "linear", "zero"], [False, False, True], tolerance=0.01
-    )
+    scheduler = GSJacobiScheduler([0, 1, 4], [1, 2, 3], ["latent", "linear", "zero"], [-1.0, 0.02, 0.1], tolerance=0.01)
     scheduler.save_pretrained(tmp_path)
     loaded = GSJacobiScheduler.from_pretrained(tmp_path)
     assert loaded.strategies == scheduler.strategies
-    assert loaded.strategy_of(2, 3) == BlockStrategy() and loaded.strategy_of(0, 3).staggered
-    assert loaded.planned_calls(3, TOKENS) == 8 + 2 + 6
+    assert loaded.strategy_of(2, 3) == BlockStrategy() and loaded.strategy_of(0, 3).tolerance == 0.1
+    assert loaded.planned_calls(3, TOKENS) == 8 + 2 + 12
 
 
 def test_bad_strategies_are_refused():

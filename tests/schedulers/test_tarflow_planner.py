@@ -6,7 +6,7 @@ import torch
 from dit_suite import load_pipeline, sample_generators
 from dit_suite.pipelines.pipeline_tarflow import TarFlowPipeline
 from dit_suite.schedulers.gs_jacobi import BlockStrategy, FlowGuidance, GSJacobiScheduler
-from dit_suite.schedulers.tarflow_planner import Candidate, Planner, calibrate, choose, fit_guesses, psnr
+from dit_suite.schedulers.tarflow_planner import Candidate, Planner, calibrate, choose, fit_guesses, floor, psnr
 from scripts.plan_tarflow import main
 from tests.models.test_tarflow import tiny_model
 
@@ -56,20 +56,38 @@ def test_psnr_of_known_errors():
     torch.testing.assert_close(psnr(found, exact), torch.tensor([40.0, 6.0206]), atol=1e-3, rtol=0)
 
 
+def test_floor_is_below_the_worst_picture_where_they_scatter():
+    assert floor(torch.tensor([40.0, 40.0, 34.0, 40.0])) == pytest.approx(38.5 - 2.5 * 3.0)
+    assert floor(torch.tensor([39.0] + [40.0] * 99)) == pytest.approx(39.0)
+
+
 def test_plan_meets_its_target_and_beats_the_sequential_sampler():
     model = tiny_model(spread=0.1)
     data = calibration(model)
-    model = fit_guesses(model, data.rows(slice(8, None)))
+    model = fit_guesses(model, data.rows(slice(12, None)))
     said = []
-    planner = Planner(model, data.rows(slice(0, 8)), FlowGuidance(), batch_size=4, repeats=1, say=said.append)
+    held_out, unseen = data.rows(slice(0, 8)), data.rows(slice(8, 12))
+    planner = Planner(model, held_out, unseen, FlowGuidance(), batch_size=2, repeats=1, say=said.append)
     plan = planner.plan(target_psnr=40.0)
-    assert float(plan.psnr.min()) >= 40.0 and plan.seconds <= plan.sequential_seconds
-    assert len(plan.strategies) == 3 and plan.fixed and said
-    assert all(row["psnr_min"] < 40.0 for row in plan.fixed[:-1])
-    assert plan.gains[-1] == pytest.approx(1.0, abs=1e-3)
-    scheduler = plan.scheduler({"batch_size": 4})
-    assert scheduler.strategies == plan.strategies and scheduler.config.planned["batch_size"] == 4
+    assert floor(planner.check(plan.strategies)) >= 40.0 and len(plan.psnr) == 4
+    assert plan.seconds <= plan.fixed[-1]["seconds"] + 1e-4
+    assert len(plan.strategies) == 3 and said
+    assert plan.metrics["gains"][-1] == pytest.approx(1.0, abs=1e-3)
+    scheduler = plan.scheduler({"batch_size": 2})
+    assert scheduler.strategies == plan.strategies and scheduler.config.planned["batch_size"] == 2
+    assert scheduler.config.planned["unseen"]["samples"] == 4
     torch.testing.assert_close(planner.check((BlockStrategy(),) * 3), torch.full((8,), 120.0), atol=30.0, rtol=0)
+
+
+def test_nothing_that_misses_the_target_is_chosen():
+    """Every candidate is predicted exact but is not: the sequential loop remains."""
+    model = tiny_model()
+    data = calibration(model, 4)
+    planner = Planner(model, data.rows(slice(0, 2)), data.rows(slice(2, 4)), FlowGuidance(), batch_size=2)
+    lie = Candidate(BlockStrategy(1, 1, "zero"), torch.zeros(2), 0.1)
+    table = [[Candidate(BlockStrategy(), torch.zeros(2), 1.0), lie] for _ in range(3)]
+    strategies, values = planner.search(table, [1.0] * 3, 60.0, None)
+    assert strategies == (BlockStrategy(),) * 3 and float(values.min()) > 90
 
 
 def test_command_writes_a_checkpoint_that_samples_by_its_plan(tmp_path, capsys):
@@ -79,7 +97,7 @@ def test_command_writes_a_checkpoint_that_samples_by_its_plan(tmp_path, capsys):
     (source / "README.md").write_text("card")
     arguments = [str(source), str(output), "--samples", "12", "--batch-size", "2", "--psnr", "35", "--device", "cpu"]
     assert main(arguments) == 0
-    assert "PSNR worst" in capsys.readouterr().out
+    assert "unseen pictures: worst" in capsys.readouterr().out
     planned = load_pipeline(output)
     assert (output / "README.md").read_text() == "card"
     assert planned.transformer.config.guess_kernel == 3 and len(planned.scheduler.strategies) == 3
