@@ -8,7 +8,7 @@ from dit_suite.attention.merge import accumulation_dtype
 from dit_suite.attention.search_triton import triton_block_mass, triton_unavailable
 
 SEARCH_IMPLS = ("auto", "triton", "chunked")
-_CPU_TILE = (128, 512)
+_CPU_TILE, _CPU_HEADS = (128, 512), 4
 _ACCELERATOR_TILE_BYTES = 512 << 20
 
 
@@ -54,20 +54,18 @@ def _tile(heads: int, k_len: int, block_size: int, query: torch.Tensor) -> tuple
     """(heads, query rows, keys) of one score tile: cache-sized on CPU, whole rows of keys on an accelerator."""
     if query.device.type == "cpu":
         rows, keys = (block_size * max(1, side // block_size) for side in _CPU_TILE)
-        return min(heads, max(2, torch.get_num_threads())), rows, keys
+        return min(heads, max(_CPU_HEADS, torch.get_num_threads())), rows, keys
     blocks = max(1, _ACCELERATOR_TILE_BYTES // (block_size * k_len * 4))
     return min(heads, blocks), block_size * max(1, blocks // min(heads, blocks)), -(-k_len // block_size) * block_size
 
 
-def _block_sums(weights: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Sums `(heads, rows, keys)` over blocks; the last block of rows and of keys may be shorter."""
-    columns = torch.stack([part.sum(1) for part in weights.split(block_size, dim=1)], dim=1)
-    whole = columns.shape[-1] // block_size * block_size
-    sums = columns[..., :whole].unflatten(-1, (whole // block_size, block_size)).sum(-1) if whole else None
-    if whole == columns.shape[-1]:
-        return sums
-    tail = columns[..., whole:].sum(-1, keepdim=True)
-    return tail if sums is None else torch.cat([sums, tail], dim=-1)
+def _sums_along(values: torch.Tensor, block_size: int, dim: int) -> torch.Tensor:
+    """Sums over consecutive blocks of one dimension; the last block may be shorter."""
+    tail = values.shape[dim] % block_size
+    if tail == 0:
+        return values.unflatten(dim, (-1, block_size)).sum(dim + 1)
+    whole, rest = values.split([values.shape[dim] - tail, tail], dim)
+    return torch.cat([_sums_along(whole, block_size, dim), rest.sum(dim, keepdim=True)], dim)
 
 
 def _chunked_block_mass(
@@ -99,5 +97,6 @@ def _chunked_block_mass(
                     scores = torch.bmm(q[which, rows], k[which, :, keys]).to(dtype)
                     torch.add(offset[which, rows], scores, alpha=scale, out=weights)
                 blocks = tuple(slice(s.start // block_size, -(-s.stop // block_size)) for s in (rows, keys))
-                mass[which, blocks[0], blocks[1]] = _block_sums(weights.exp_(), block_size)
+                row_sums = _sums_along(weights.exp_(), block_size, 1)
+                mass[which, blocks[0], blocks[1]] = _sums_along(row_sums, block_size, 2)
     return mass.view(batch, heads, q_blocks, k_blocks)
