@@ -3,21 +3,28 @@
 Every method makes the same pictures (same prompts, same noise) in turn, prompt by prompt, so that a busy machine slows
 all of them alike; the first prompt warms up, counts FLOPs and tunes thresholds and is not timed. PSNR and SSIM are to
 the un-cached pictures; `speedup` is the median over prompts of the ratio of wall times, `cpu_speedup` of CPU times.
+
+`--fd-samples N` instead makes N pictures for held-out captions without a cache, with BAC, with fewer steps and with
+MagCache, and gives their FD and KID to the held-out pictures, with paired verdicts; it goes on where it was stopped.
 """
 
 import argparse
 import contextlib
 import functools
 import importlib
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from dit_suite.metadata import write_json
 
 NAME = "caching"
 
@@ -43,6 +50,7 @@ class Method:
     ssim: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
+    pictures: list[torch.Tensor] = field(default_factory=list)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +63,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flop-fractions", type=float, nargs="+", default=[0.25, 0.35, 0.5])
     parser.add_argument("--rivals", choices=("all", "none"), default="all")
     parser.add_argument("--tuning-runs", type=int, default=3, help="runs spent on each rival's threshold")
+    parser.add_argument("--picture", type=Path, help="also write pictures, times and differences of some methods")
+    parser.add_argument("--fd-samples", type=int, default=0, help="compare distances over this many captions instead")
+    parser.add_argument("--data", type=Path, default=Path("data/emoji64"), help="held-out captions (--fd-samples)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (--fd-samples)")
+    parser.add_argument("--features", default="enet-lite0", help="feature network, as in evaluate.py (--fd-samples)")
 
 
 @dataclass
@@ -186,6 +199,7 @@ def _bac_methods(bench: Bench, steps: int, fractions: list[float]) -> list[Metho
     reuse = {"granularity": "subblock", "predictor": "reuse", "order": 1}
     target = fractions[len(fractions) // 2]
     configs = [("BAC", BACConfig(flop_fraction=f)) for f in fractions]
+    configs += [("BAC, plain sum of errors", BACConfig(flop_fraction=f, objective="sum")) for f in fractions]
     configs += [
         ("BAC, plain reuse, shared l2", BACConfig(flop_fraction=target, **reuse)),
         ("BAC as published", BACConfig.reference(flop_fraction=target)),
@@ -199,15 +213,19 @@ def _bac_methods(bench: Bench, steps: int, fractions: list[float]) -> list[Metho
     return found
 
 
-def _rival_methods(bench: Bench, steps: int, full: float, target: float, runs: int) -> tuple[list[Method], list[str]]:
-    """diffusers' and cache-dit's caches at about the same FLOPs, and the reasons of those that do not apply."""
+def _mag_ratios(bench: Bench, steps: int) -> list[float]:
+    """MagCache's ratios, from the output norms that the profile holds."""
     from dit_suite.caching.bac import bundled_profiles
 
-    model = bench.pipe.transformer
     profile = next(p for p in bundled_profiles(bench.pipe) if p.num_inference_steps == steps)
     stack = profile.select("stack")[0]
     norms = np.sqrt(np.diag(profile.inner_products(stack, profile.branches)))
-    ratios = [1.0, *(float(b / a) for a, b in zip(norms, norms[1:], strict=False))]
+    return [1.0, *(float(b / a) for a, b in zip(norms, norms[1:], strict=False))]
+
+
+def _rival_methods(bench: Bench, steps: int, full: float, target: float, runs: int) -> tuple[list[Method], list[str]]:
+    """diffusers' and cache-dit's caches at about the same FLOPs, and the reasons of those that do not apply."""
+    model, ratios = bench.pipe.transformer, _mag_ratios(bench, steps)
     tunable: dict[str, Callable[[float], Scope]] = {
         "FirstBlockCache (diffusers)": lambda t: lambda: _first_block_cache(model, t),
         "MagCache (diffusers)": lambda t: lambda: _mag_cache(model, t, steps, ratios),
@@ -241,6 +259,7 @@ def _measure(bench: Bench, methods: list[Method], num_prompts: int, full: float)
                 picture, wall, cpu = bench.sample(prompt, method.steps, inside)
             method.wall.append(wall)
             method.cpu.append(cpu)
+            method.pictures.append(picture[0].permute(1, 2, 0))
             if reference is None:
                 reference = picture
                 continue
@@ -251,6 +270,88 @@ def _measure(bench: Bench, methods: list[Method], num_prompts: int, full: float)
             )
 
 
+def _draw(methods: list[Method], path: Path, fraction: float, rows: int = 4) -> None:
+    """The first pictures of the un-cached run, of BAC at `fraction`, of fewer steps and of MagCache."""
+    from dit_suite.benchmarks.strips import GAIN, comparison_picture
+
+    bac = min((m for m in methods if m.name == "BAC"), key=lambda m: abs(m.share - fraction))
+    chosen = [methods[0], bac, *(m for m in methods if m.name.startswith(("fewer steps", "MagCache")))]
+    titles = [[f"no cache, {methods[0].steps} steps", f"{statistics.median(methods[0].wall):.2f} s a picture"]]
+    for method in chosen[1:]:
+        speedup = statistics.median(a / b for a, b in zip(methods[0].wall, method.wall, strict=True))
+        steps = "" if method.steps == methods[0].steps else f", {method.setting}"
+        titles.append(
+            [
+                f"{method.name}{steps}",
+                f"{statistics.median(method.wall):.2f} s, {speedup:.2f}x",
+                f"PSNR {statistics.mean(method.psnr):.1f} dB; difference times {GAIN}",
+            ]
+        )
+    comparison_picture(titles, [[p.numpy() for p in m.pictures[:rows]] for m in chosen], path)
+
+
+def _threshold(bench: Bench, steps: int, full: float, target: float, runs: int, folder: Path) -> float:
+    """MagCache's threshold for the target, tuned once and kept with the pictures."""
+    path = folder / "magcache.json"
+    if not path.is_file():
+        ratios = _mag_ratios(bench, steps)
+        model = bench.pipe.transformer
+        found = _tuned(bench, steps, full, target, runs, lambda t: lambda: _mag_cache(model, t, steps, ratios))
+        share = bench.flops(lambda: _mag_cache(model, found, steps, ratios), steps)[0] / full
+        write_json({"threshold": found, "flops": share}, path)
+    return float(json.loads(path.read_text("utf-8"))["threshold"])
+
+
+def _distances(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
+    """FD and KID of every method over the same held-out captions and seeds."""
+    from dit_suite.benchmarks.held_out import HeldOut, distance_cells, save_sheet
+    from dit_suite.checkpoints import find_checkpoint
+    from dit_suite.sampling import SamplingJob
+
+    if getattr(args, "output", None) is None:
+        raise ValueError("--fd-samples writes pictures: give --output FOLDER")
+    checkpoint, steps = find_checkpoint(args.model), args.num_inference_steps
+    held_out = HeldOut(args.data, args.output / f"fd-{steps}", args.fd_samples, features=args.features)
+    captions = held_out.captions()
+    full, _ = bench.flops(contextlib.nullcontext, steps)
+    target = args.flop_fractions[len(args.flop_fractions) // 2]
+    fewer = max(1, int(target * steps))
+    bac = next(m for m in _bac_methods(bench, steps, [target]) if m.name == "BAC")
+    methods = {"none": Method("no cache", "", contextlib.nullcontext, steps), "bac": bac}
+    methods["fewer"] = Method("fewer steps", f"{fewer} steps", contextlib.nullcontext, fewer)
+    if args.rivals == "all":
+        threshold = _threshold(bench, steps, full, target, args.tuning_runs, held_out.output)
+        ratios, model = _mag_ratios(bench, steps), bench.pipe.transformer
+        scope = functools.partial(_mag_cache, model, threshold, steps, ratios)
+        methods["magcache"] = Method("MagCache (diffusers)", f"threshold {threshold:.3f}", scope, steps)
+    rows = []
+    for name, method in methods.items():
+        options = checkpoint.technique.options_class()(
+            num_inference_steps=method.steps, guidance_scale=args.guidance_scale
+        )
+        job = SamplingJob(
+            technique=checkpoint.technique.name, model=args.model, weights_sha256=checkpoint.weights_sha256,
+            conditions=captions, options=options, seed=args.seed, batch_size=args.batch_size,
+        )  # fmt: skip
+        folder = held_out.output / name
+        held_out.make(folder, job, bench.pipe, method.scope, note=f"{method.name}, {method.setting}")
+        save_sheet(folder, held_out.output / f"{name}.png")
+        score = held_out.score(folder, held_out.output / "none" if name != "none" else None)
+        write_json(score, held_out.output / f"{name}.json")
+        share = 1.0 if name == "none" else bench.flops(method.scope, method.steps)[0] / full
+        row = {"method": method.name, "setting": method.setting, "flops": share, **distance_cells(score)}
+        for verdict in score.get("comparison", ()):
+            kind, difference = verdict["metric"].partition("_")[0], verdict["difference"]
+            row[f"{kind}_difference"] = (
+                f"{difference['value']:+.4g} [{difference['low']:+.4g}, {difference['high']:+.4g}]"
+            )
+            row[f"{kind}_verdict"] = verdict["verdict"]
+        rows.append(row)
+        print(f"{method.name}: {row['fd']}, {row['kid']}", flush=True)
+    facts = {"model": args.model, "steps": steps, "guidance_scale": args.guidance_scale, "samples": args.fd_samples}
+    return {"settings": facts, "rows": rows}
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures every method and returns the rows."""
     from dit_suite.checkpoints import load_pipeline
@@ -258,6 +359,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipe = load_pipeline(args.model)
     pipe.set_progress_bar_config(disable=True)
     bench, steps = Bench(args.model, pipe, args.guidance_scale, args.seed), args.num_inference_steps
+    if args.fd_samples:
+        return _distances(args, bench)
     full, _ = bench.flops(contextlib.nullcontext, steps)
     target = args.flop_fractions[len(args.flop_fractions) // 2]
     methods = [Method("no cache", "", contextlib.nullcontext, steps)]
@@ -269,6 +372,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rivals, left_out = _rival_methods(bench, steps, full, target, args.tuning_runs)
         methods += rivals
     _measure(bench, methods, args.num_prompts, full)
+    if args.picture is not None:
+        _draw(methods, args.picture, target)
     baseline = methods[0]
     rows = []
     for method in methods:

@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--features", default="enet-lite0", help="feature network, as in evaluate.py")
     parser.add_argument("--clock", choices=("cpu", "wall"), default="cpu", help="what the speed is measured with")
+    parser.add_argument("--operators", action="store_true", help="only time every operator at the model's size")
     parser.add_argument("--redo", action="store_true", help="do the named parts again where they are there already")
 
 
@@ -177,7 +179,7 @@ def _speed(bench: Bench, cell: Cell) -> None:
     pipe.set_progress_bar_config(disable=True)
     networks = [pipe.transformer, open_pipeline(bench.start(cell)).transformer]
     facts: dict[str, Any] = {"clock": bench.args.clock, "threads": torch.get_num_threads()}
-    with torch.inference_mode():
+    with torch.no_grad():
         for pictures, rounds in ((1, 21), (16, 7)):
             call = _recorded_call(pipe, bench.held_out.captions()[:pictures], bench.args.guidance_scale)
             seconds: list[list[float]] = [[], []]
@@ -200,6 +202,31 @@ def _speed(bench: Bench, cell: Cell) -> None:
     facts["flops"] = counts[1] / counts[0]
     facts["parameters"] = [sum(p.numel() for p in network.parameters()) for network in networks]
     cell.keep(speed=facts)
+
+
+def operator_times(model: Any, clock: str, pictures: int = 16, rounds: int = 9) -> list[dict[str, Any]]:
+    """Milliseconds of every operator per sequence at a model's size, in turns; full attention and the MLP lead."""
+    from dit_suite.grafting.plan import ATTENTION_KINDS, OperatorSpec, build_operator, count_parameters
+
+    config, now = model.config, time.process_time if clock == "cpu" else time.perf_counter
+    heads, dim = config.num_attention_heads, config.num_attention_heads * config.attention_head_dim
+    tokens = (config.sample_size // config.patch_size) ** 2
+    specs = {kind: OperatorSpec(kind=kind) for kind in ATTENTION_KINDS}
+    specs |= {f"mlp, ratio {ratio}": OperatorSpec(kind="mlp", ratio=float(ratio)) for ratio in (4, 3, 2, 1)}
+    specs["mlp_hyena_x"] = OperatorSpec(kind="mlp_hyena_x")
+    operators = {name: build_operator(spec, dim, tokens, heads) for name, spec in specs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in operators}
+    x = torch.randn(pictures, tokens, dim)
+    with torch.no_grad():
+        for _ in range(rounds):
+            for name, operator in operators.items():
+                began = now()
+                operator(x)
+                seconds[name].append(now() - began)
+    return [
+        {"operator": name, "parameters": count_parameters(operator), "ms": 1e3 * statistics.median(times) / pictures}
+        for (name, operator), times in zip(operators.items(), seconds.values(), strict=True)
+    ]
 
 
 def _pictures(bench: Bench, cell: Cell, part: str) -> None:
@@ -360,15 +387,20 @@ def markdown(records: list[dict[str, Any]]) -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Does what is missing of the named cells and returns the rows of all cells in the folder."""
+    if args.operators:
+        from dit_suite.checkpoints import open_pipeline
+
+        rows = operator_times(open_pipeline(find_checkpoint(args.model)).transformer, args.clock)
+        return {"settings": {"model": args.model, "clock": args.clock}, "rows": rows}
     if getattr(args, "output", None) is None:
         raise ValueError("grafting writes pictures and checkpoints: give --output FOLDER")
     for name in args.cells:
         if name != CONTROL and not (args.plans / f"{name}.yaml").is_file():
             raise ValueError(f"there is no plan {name}.yaml in {args.plans}")
     original = find_checkpoint(args.model)
-    bench = Bench(args, original, HeldOut(args.data, args.output, args.num_samples))
+    bench = Bench(args, original, HeldOut(args.data, args.output, args.num_samples, features=args.features))
     bench.held_out.captions()
-    free = ("cells", "parts", "redo", "output", "data", "plans", "clock", "name", "all")
+    free = ("cells", "parts", "redo", "output", "data", "plans", "clock", "operators", "name", "all")
     settings = {key: value for key, value in vars(args).items() if key not in free}
     settings = json.loads(json.dumps({**settings, "weights": original.weights_sha256}, default=str))
     try:

@@ -81,13 +81,15 @@ class HeldOut:
             save_feature_set(path, found.feature_set, compact=True)
         return load_feature_set(path)
 
-    def make(self, folder: Path, job: SamplingJob, pipe: Any, scope: Scope = contextlib.nullcontext) -> None:
-        """Makes what is missing of the pictures in `folder`, each batch inside a fresh `scope`.
+    def make(
+        self, folder: Path, job: SamplingJob, pipe: Any, scope: Scope = contextlib.nullcontext, note: str = ""
+    ) -> None:
+        """Makes what is missing of the pictures in `folder`, each batch inside a fresh `scope`; `note` describes it.
 
         Raises:
             ValueError: the folder holds pictures that were made with other settings.
         """
-        facts = json.loads(json.dumps({**job.to_dict(), "model": Path(job.model).name}))
+        facts = json.loads(json.dumps({**job.to_dict(), "model": Path(job.model).name, "note": note}))
         run = folder / "run.json"
         if run.is_file() and json.loads(run.read_text("utf-8")) != facts:
             raise ValueError(f"{folder} holds pictures made with other settings; choose another --output")
