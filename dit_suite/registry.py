@@ -128,6 +128,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         model="dit_suite.models.acdit:ACDiTTransformer3DModel",
         pipeline="dit_suite.pipelines.pipeline_acdit:ACDiTPipeline",
         options="dit_suite.call_options:ACDiTOptions",
+        bundled="emoji-acdit-64",
     ),
     Technique(
         name="nfd",
