@@ -58,7 +58,7 @@ class TarFlowOptions(Options):
     modules: int = option(8, "modules per block (gauss-seidel)", minimum=1, maximum=4096, advanced=True)
     tolerance: float = option(
         0.0,
-        "a sample leaves a module when a sweep changes it by less (jacobi, gauss-seidel)",
+        "estimated rms error at which a sample leaves a module (jacobi, gauss-seidel)",
         minimum=0.0,
         advanced=True,
     )

@@ -159,7 +159,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             denoise_strength: share of the training noise that the final score step removes; 0 skips the step.
             strategy: "planned" (the scheduler's), "sequential", "jacobi" (whole sequence) or "gauss-seidel".
             sweeps, modules, tolerance: for "jacobi" and "gauss-seidel", the same for every block; a sample leaves a
-                module when the root mean square change of a sweep is within `tolerance`.
+                module when its root mean square error, estimated from the last two sweeps, is within `tolerance`.
             guidance_parameters: "ab", "a" (log-scale only) or "b" (shift only).
             attention_temperature: attention temperature of the weaker branch; what guides a model without classes.
             annealed_guidance: the guidance weight grows linearly over the tokens of a block.

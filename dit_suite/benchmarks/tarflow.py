@@ -6,7 +6,7 @@ warms up and is not timed. `speedup` is the median over batches of the ratio of 
 methods and is timed in a row of its own; `with_denoise` is the ratio when both sides pay for it.
 
 `sweeps` is the mean number of sweeps of a sample over the blocks solved by sweeps, `network_calls` counts calls of a
-block's network, and `passes` what they computed, in whole sequences per block.
+block's network, and `passes` what they computed for a sample, in whole sequences of one block.
 """
 
 import argparse
@@ -101,10 +101,11 @@ class Bench:
             )
             tokens = trace.prev_sample
             calls += trace.calls
-            sequential = strategy.is_sequential(model.num_tokens)
-            passes += (trace.calls if sequential else sum(trace.covered)) / model.num_tokens
-            if not sequential:
+            if strategy.is_sequential(model.num_tokens):
+                passes += trace.calls / model.num_tokens
+            else:
                 sweeps.append(float(trace.sweeps.float().mean()))
+                passes += sweeps[-1] / strategy.modules
         _sync(self.device)
         if keep:
             method.wall.append(time.perf_counter() - wall)

@@ -10,6 +10,7 @@ from dit_suite.models.tarflow import LayerCache, TarFlowBlock
 from dit_suite.schedulers.tarflow_strategy import FlowGuidance
 
 DIVERGED = 1e6
+SLOWEST = 0.9
 
 
 @dataclass
@@ -153,6 +154,18 @@ class Watch:
 
     progress: Callable[[int], None] = ignore
     should_stop: Callable[[], bool] = never
+
+
+def estimated_error(change: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+    """What is left after a sweep, judged by its change and that of the sweep before (Aitken's geometric estimate).
+
+    If every sweep shrinks the error by r, the change c of a sweep leaves c * r / (1 - r). After a first sweep, which
+    has no ratio, the change itself is returned: an upper bound as long as r is at most 1/2.
+    """
+    if previous is None:
+        return change
+    ratio = (change / previous.clamp(min=torch.finfo(change.dtype).tiny)).clamp(max=SLOWEST)
+    return change * ratio / (1.0 - ratio)
 
 
 def first_iterate(system: FlowSystem, guess: str) -> torch.Tensor:

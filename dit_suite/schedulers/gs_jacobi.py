@@ -24,7 +24,16 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from dit_suite.models.tarflow import LayerCache, TarFlowBlock, TarFlowModel
-from dit_suite.schedulers.flow_system import DIVERGED, BlockTrace, FlowSystem, Watch, first_iterate, ignore, never
+from dit_suite.schedulers.flow_system import (
+    DIVERGED,
+    BlockTrace,
+    FlowSystem,
+    Watch,
+    estimated_error,
+    first_iterate,
+    ignore,
+    never,
+)
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
 
@@ -104,7 +113,7 @@ class _Sweeper:
 
 
 def _solve_modules(sweeper: _Sweeper, calls: list[tuple[int, int, int]], tolerance: float, stopping: str) -> None:
-    """Module after module; a sample whose change is within `tolerance` takes no part in the module's later sweeps."""
+    """Module after module; a sample whose estimated error is within `tolerance` takes no part in its later sweeps."""
     system, wild = sweeper.system, torch.zeros_like(sweeper.diverged)
     token_dim = system.latents.shape[2]
     position = 0
@@ -113,6 +122,7 @@ def _solve_modules(sweeper: _Sweeper, calls: list[tuple[int, int, int]], toleran
         budget = sum(1 for call in calls if call[2] == module)
         position += budget
         active: torch.Tensor | None = None
+        previous: torch.Tensor | None = None
         caches = sweeper.caches
         for done in range(1, budget + 1):
             if sweeper.watch.should_stop():
@@ -125,7 +135,9 @@ def _solve_modules(sweeper: _Sweeper, calls: list[tuple[int, int, int]], toleran
                 going = change.sum().sqrt() / (system.batch * token_dim) > tolerance
                 going = going.expand(system.batch)
             else:
-                going = (change / ((end - start) * token_dim)).sqrt() > tolerance
+                rms = (change / ((end - start) * token_dim)).sqrt()
+                going = estimated_error(rms, previous) > tolerance
+                previous = rms
             going = going | sweeper.diverged
             if active is not None:
                 going = going & torch.zeros_like(going).index_fill(0, active, True)
@@ -170,8 +182,8 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         modules: per block, 0 sequential, 1 Jacobi, G modules.
         sweeps: per block, updates per module at most.
         guesses: per block, "latent", "zero" or "linear".
-        tolerances: per block, a sample leaves a module when the root mean square change of a sweep is at most this;
-            negative: the number of sweeps is fixed.
+        tolerances: per block, a sample leaves a module when its root mean square error, estimated from the changes of
+            the last two sweeps (`estimated_error`), is at most this; negative: the number of sweeps is fixed.
         tolerance: the same for blocks whose own is lower.
         stopping: "sample" decides for every sample by itself; "batch" is the reference's pooled rule (Frobenius norm
             over the batch / (batch * token_dim) against `tolerance`).

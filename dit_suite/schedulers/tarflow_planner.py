@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 
 from dit_suite.models.tarflow import TarFlowBlock, TarFlowModel
-from dit_suite.schedulers.flow_system import FlowSystem, first_iterate
+from dit_suite.schedulers.flow_system import FlowSystem, estimated_error, first_iterate
 from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler, solve
 from dit_suite.schedulers.tarflow_metrics import flow_metrics
 from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
 
 MAX_SWEEPS = 8
-TOLERANCES = (0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
+TOLERANCES = (0.05, 0.03, 0.02, 0.014, 0.01, 0.007, 0.005, 0.0035, 0.0025)
 HOPELESS = 0.1
 GAIN_ROWS = 8
 GAIN_SWEEPS = 4
@@ -35,6 +35,7 @@ TIGHTEN = 0.85
 LOOSEN = 1.25
 DEVIATIONS = 2.5
 TIMED_BATCHES = 4
+FEW = 16
 
 
 @dataclass(frozen=True)
@@ -221,18 +222,19 @@ class Planner:
         block, data = self._block(index), self.held_out
         system = FlowSystem(block, data.states[index], data.class_labels, self.guidance)
         exact = block.order(data.states[index + 1])
-        tokens, errors, changes, found = first_iterate(system, guess), [], [], []
+        tokens, errors, estimates, found, change = first_iterate(system, guess), [], [], [], None
         one = self._seconds(index, BlockStrategy(1, 1, guess))
         for sweeps in range(1, MAX_SWEEPS + 1):
             before, tokens = tokens, torch.cat([tokens[:, :1], system.update(tokens[:, :-1], 0, None)], dim=1)
             errors.append(_rms(tokens - exact))
-            changes.append(_rms(tokens[:, 1:] - before[:, 1:]))
+            last, change = change, _rms(tokens[:, 1:] - before[:, 1:])
+            estimates.append(estimated_error(change, last))
             if float(errors[0].mean()) > worse_than:
                 return []
             if sweeps * one < limit:
                 found.append(Candidate(BlockStrategy(1, sweeps, guess), errors[-1], sweeps * one))
         for tolerance in TOLERANCES:
-            going = (torch.stack(changes[:-1]) > tolerance).int().cumprod(dim=0).sum(dim=0)
+            going = (torch.stack(estimates[:-1]) > tolerance).int().cumprod(dim=0).sum(dim=0)
             error = torch.stack(errors).gather(0, going[None]).squeeze(0)
             seconds = one * float((going + 1.0).mean())
             strategy = BlockStrategy(1, MAX_SWEEPS, guess, tolerance=tolerance)
@@ -290,13 +292,15 @@ class Planner:
     def fixed_strategies(self, guesses: list[str], target_psnr: float) -> list[tuple[tuple[BlockStrategy, ...], dict]]:
         """The first sampled block sequential, the others M sweeps from the paper's guess, for M = 1, 2, ...
 
-        The last one is the first that reaches the target.
+        The last one is the first that reaches the target. Those that miss it on a few pictures are measured on these.
         """
         rows = []
         for sweeps in range(1, MAX_SWEEPS + 1):
             strategies = (BlockStrategy(), *[BlockStrategy(1, sweeps, guess) for guess in guesses[1:]])
-            values = self.check(strategies)
-            rows.append((strategies, {"sweeps": sweeps, **_worst(values)}))
+            values = self.check(strategies, self.held_out.rows(slice(0, FEW)))
+            if float(values.min()) >= target_psnr:
+                values = self.check(strategies)
+            rows.append((strategies, {"sweeps": sweeps, "samples": len(values), **_worst(values)}))
             self.say(f"fixed: {rows[-1][1]}")
             if floor(values) >= target_psnr:
                 break

@@ -41,7 +41,8 @@ class BlockStrategy:
         sweeps: updates per module at most.
         guess: first iterate: "latent" (x = z), "zero" (x = z_0, 0, 0, ...), or "linear" (the block's fitted
             prediction of x from z, see `TarFlowBlock.initial_guess`).
-        tolerance: root mean square change at which a sample leaves a module; negative for a fixed number of sweeps.
+        tolerance: estimated root mean square error at which a sample leaves a module; negative for a fixed number of
+            sweeps.
     """
 
     modules: int = 0

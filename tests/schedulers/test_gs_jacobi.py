@@ -7,8 +7,10 @@ import torch
 
 from dit_suite.golden import read_fixture
 from dit_suite.golden.gs_jacobi import check
-from dit_suite.schedulers.gs_jacobi import BlockStrategy, FlowGuidance, GSJacobiScheduler, solve
+from dit_suite.schedulers.flow_system import estimated_error
+from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler, solve
 from dit_suite.schedulers.tarflow_metrics import flow_metrics, sampling_index
+from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
 from tests.models.test_tarflow import images, tiny_model
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -96,6 +98,29 @@ def test_number_of_sweeps():
     stopped = GSJacobiScheduler(tolerance=0.0).step(block, 0, z, strategy=BlockStrategy(1, 20))
     assert TOKENS - 2 <= stopped.calls <= TOKENS
     torch.testing.assert_close(stopped.tokens, fixed.tokens, atol=1e-6, rtol=0)
+
+
+def test_error_estimate_of_geometric_convergence_is_exact():
+    errors = torch.tensor([0.8, 0.2, 0.05, 0.0125])
+    changes = errors[:-1] - errors[1:]
+    for k in (1, 2):
+        estimate = estimated_error(changes[k : k + 1], changes[k - 1 : k])
+        torch.testing.assert_close(estimate, errors[k + 1 : k + 2])
+    assert float(estimated_error(changes[:1], None)) == float(changes[0])
+    stuck = torch.tensor([0.3])
+    assert float(estimated_error(stuck, stuck)) > 0.3
+    assert float(estimated_error(torch.zeros(1), torch.zeros(1))) == 0.0
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_samples_keep_about_the_tolerated_error(modules):
+    model, z = tiny_model(), noise(4)
+    block, scheduler = model.blocks[1], GSJacobiScheduler()
+    exact = scheduler.step(block, 1, z, LABELS).tokens
+    for tolerance in (3e-2, 1e-3):
+        trace = scheduler.step(block, 1, z, LABELS, strategy=BlockStrategy(modules, 9, tolerance=tolerance))
+        assert (trace.tokens - exact).square().mean(dim=(1, 2)).sqrt().max() < 2 * tolerance
+        assert trace.calls < 8 * modules
 
 
 @pytest.mark.parametrize("modules", [1, 2])
