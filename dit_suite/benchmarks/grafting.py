@@ -7,12 +7,13 @@ given again until the table is whole. The cell `original` is the control: the sa
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -295,18 +296,15 @@ def _stage2(bench: Bench, cell: Cell) -> None:
     )  # fmt: skip
 
 
-class _stopping:
+@contextlib.contextmanager
+def _stopping(trainer: Any) -> Iterator[None]:
     """While active, SIGTERM and SIGINT ask the trainer to save and stop."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer, self.kept = trainer, {}
-
-    def __enter__(self) -> None:
-        for name in (signal.SIGTERM, signal.SIGINT):
-            self.kept[name] = signal.signal(name, lambda *_: self.trainer.request_stop())
-
-    def __exit__(self, *error: Any) -> None:
-        for name, handler in self.kept.items():
+    names = (signal.SIGTERM, signal.SIGINT)
+    kept = [signal.signal(name, lambda *_: trainer.request_stop()) for name in names]
+    try:
+        yield
+    finally:
+        for name, handler in zip(names, kept, strict=True):
             signal.signal(name, handler)
 
 

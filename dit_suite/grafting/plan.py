@@ -1,9 +1,8 @@
 """Graft plans as data: which layers get which operator, and which pairs of blocks run side by side."""
 
-import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from dit_suite.grafting.operators import (
     PooledAttention2D,
     SlidingWindowAttention,
     SlidingWindowAttention2D,
+    grid_side,
 )
 from dit_suite.options import Options, option
 
@@ -32,7 +32,8 @@ ATTENTION_KINDS = (
 )  # fmt: skip
 MLP_KINDS = ("mlp", "mlp_hyena_x")
 INHERITING_KINDS = ("mha", "swa", "swa_2d", "pool_2d", "mlp")
-_PUBLISHED_WINDOW = 4
+_PUBLISHED_WINDOW, _PUBLISHED_BAND = 4, 32
+Locality = Callable[[int, bool], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,18 @@ class GraftPlan:
         return {**facts, "pairs": [list(pair) for pair in self.pairs], "pair_init": self.pair_init}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], depth: int | None = None) -> "GraftPlan":
+    def from_dict(
+        cls, values: Mapping[str, Any], depth: int | None = None, locality: Locality | None = None
+    ) -> "GraftPlan":
         """Reads a plan: operators per layer, or for a model of `depth` layers by rule.
 
-        A rule is {"kind": ..., "layers": "all" | [...] | {"interleave": ratio}}.
+        A rule is {"kind": ..., "layers": "all" | [...] | {"interleave": ratio} | {"local": ratio, "band": tokens}}.
+        The last takes the layers whose attention is most local; `locality(band, grid)` measures them.
         """
         unknown = set(values) - {"attention", "mlp", "pairs", "pair_init"}
         if unknown:
             raise ValueError(f"a graft plan has no {sorted(unknown)[0]!r}; it has attention, mlp, pairs and pair_init")
-        parts = {name: _specs(values.get(name) or {}, depth) for name in ("attention", "mlp")}
+        parts = {name: _specs(values.get(name) or {}, depth, locality) for name in ("attention", "mlp")}
         pairs = values.get("pairs") or ()
         if pairs == "all":
             pairs = [(i, i + 1) for i in range(0, _known(depth) - 1, 2)]
@@ -133,8 +137,8 @@ class GraftPlan:
         return plan
 
     @classmethod
-    def load(cls, path: str | Path, depth: int) -> "GraftPlan":
-        """Reads a YAML or JSON plan for a model of `depth` layers."""
+    def load(cls, path: str | Path, depth: int, locality: Locality | None = None) -> "GraftPlan":
+        """Reads a YAML or JSON plan for a model of `depth` layers; see `from_dict`."""
         import yaml
 
         path = Path(path)
@@ -144,7 +148,7 @@ class GraftPlan:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         if not isinstance(values, dict):
             raise ValueError(f"{path.name} is not a graft plan")
-        return cls.from_dict(values, depth)
+        return cls.from_dict(values, depth, locality)
 
 
 def _short(spec: OperatorSpec) -> dict[str, Any]:
@@ -158,13 +162,18 @@ def _known(depth: int | None) -> int:
     return depth
 
 
-def _specs(values: Mapping[str, Any], depth: int | None) -> dict[int, OperatorSpec]:
+def _specs(values: Mapping[str, Any], depth: int | None, locality: Locality | None) -> dict[int, OperatorSpec]:
     if "kind" not in values:
         return {int(layer): OperatorSpec.from_dict(spec) for layer, spec in values.items()}
     rule = dict(values)
     layers = rule.pop("layers", "all")
     if layers == "all":
         chosen = list(range(_known(depth)))
+    elif isinstance(layers, Mapping) and "local" in layers:
+        if locality is None:
+            raise ValueError("the plan takes the most local layers, which have to be measured: graft with graft.py")
+        shares = locality(int(layers.get("band", _PUBLISHED_BAND)), bool(layers.get("grid", False)))
+        chosen = most_local(shares, max(1, round(float(layers["local"]) * _known(depth))))
     elif isinstance(layers, Mapping):
         chosen = interleaved(_known(depth), float(layers["interleave"]))
     else:
@@ -179,11 +188,18 @@ def interleaved(depth: int, ratio: float) -> list[int]:
     return [i for i in range(depth) if int((i + 1) * ratio + 1e-9) > int(i * ratio + 1e-9)]
 
 
-def band_locality(attention: torch.Tensor, band: int) -> torch.Tensor:
-    """Mean share of attention that stays within `band` tokens: (..., N, N) row-stochastic maps to (...)."""
+def band_locality(attention: torch.Tensor, band: int, grid: bool = False) -> torch.Tensor:
+    """Mean share of attention that stays within `band` tokens: (..., N, N) row-stochastic maps to (...).
+
+    With `grid` (ours) within `band` rows and columns of the square that the tokens form.
+    """
     tokens = attention.shape[-1]
     place = torch.arange(tokens, device=attention.device)
     near = (place[:, None] - place[None]).abs() <= band
+    if grid:
+        side = grid_side(tokens)
+        row, column = place // side, place % side
+        near = ((row[:, None] - row).abs() <= band) & ((column[:, None] - column).abs() <= band)
     return (attention * near).sum(dim=(-2, -1)) / tokens
 
 
@@ -234,8 +250,3 @@ def detect_operators(state: Mapping[str, torch.Tensor]) -> GraftPlan:
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in module.parameters())
-
-
-def replaced(plan: GraftPlan, **changes: Any) -> GraftPlan:
-    """The plan with some fields exchanged."""
-    return dataclasses.replace(plan, **changes)

@@ -9,6 +9,7 @@ import torch
 
 from dit_suite.checkpoints import SHARD_SIZE, Checkpoint
 from dit_suite.grafting.distill import DistillConfig, Distiller
+from dit_suite.grafting.locality import AttentionLocality
 from dit_suite.grafting.models import graft
 from dit_suite.grafting.plan import GraftPlan, count_parameters
 from dit_suite.grafting.surgery import block_list
@@ -52,6 +53,13 @@ def distil(
     return done
 
 
+def locality_of(pipe: Any, job: SamplingJob, band: int, grid: bool) -> list[float]:
+    """How local every layer's attention is while the first batch of a job is sampled."""
+    with AttentionLocality(pipe.transformer, band, grid) as locality:
+        sample_batch(pipe, job, batches(len(job.conditions), job.batch_size)[0])
+    return locality.values()
+
+
 def graft_checkpoint(
     checkpoint: Checkpoint,
     plan_file: Path,
@@ -77,7 +85,7 @@ def graft_checkpoint(
     pipe = open_job(job, device=device, checkpoint=checkpoint)
     pipe.set_progress_bar_config(disable=True)
     teacher = pipe.transformer
-    plan = GraftPlan.load(plan_file, len(block_list(teacher)))
+    plan = GraftPlan.load(plan_file, len(block_list(teacher)), lambda band, grid: locality_of(pipe, job, band, grid))
     torch.manual_seed(config.seed)
     grafted = graft(teacher, plan)
     sizes = {"before": count_parameters(teacher), "after": count_parameters(grafted)}

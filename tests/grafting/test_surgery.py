@@ -14,6 +14,7 @@ from dit_suite.caching.profile import SimilarityProfile
 from dit_suite.caching.recorder import ProfileRecorder
 from dit_suite.checkpoints import load_pipeline
 from dit_suite.grafting.distill import DistillConfig, Distiller, distillation_loss
+from dit_suite.grafting.locality import AttentionLocality
 from dit_suite.grafting.models import GraftedDiTModel, graft
 from dit_suite.grafting.plan import GraftPlan, OperatorSpec, band_locality, interleaved, most_local
 from dit_suite.grafting.surgery import ParallelPair, copy_attention
@@ -80,7 +81,7 @@ def test_plans() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "grafts").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_plans(path: Path) -> None:
-    plan = GraftPlan.load(path, 4)
+    plan = GraftPlan.load(path, 4, lambda band, grid: [0.1, 0.4, 0.3, 0.2])
     assert plan.attention or plan.mlp or plan.pairs
     assert torch.isfinite(run(graft(teacher(), plan))).all()
 
@@ -93,6 +94,27 @@ def test_band_locality() -> None:
     values = [float(band_locality(torch.rand(6, 6).softmax(-1), k)) for k in (5, 6)]
     assert values == pytest.approx([1.0, 1.0])
     assert most_local([0.2, 0.9, 0.5, 0.9], 2) == [1, 3]
+    square = torch.full((9, 9), 1 / 9)
+    assert band_locality(square, 1, grid=True) == pytest.approx((4 * 4 + 4 * 6 + 9) / 81)
+
+
+def test_the_most_local_layers_are_measured() -> None:
+    """A layer whose queries and keys are positions attends to itself; the plan by rule finds it."""
+    model = teacher()
+    with torch.no_grad():
+        for layer, block in enumerate(model.transformer_blocks):
+            block.attn.to_q.weight.mul_(0.0 if layer != 2 else 40.0)
+            block.attn.to_k.weight.copy_(block.attn.to_q.weight)
+    with AttentionLocality(model, band=0) as locality:
+        run(model)
+    values = locality.values()
+    assert values[2] > 0.5 and values[0] == pytest.approx(1 / 16, abs=1e-5)
+    assert not model.transformer_blocks[0].attn._forward_pre_hooks
+    rule = {"attention": {"kind": "hyena_x", "layers": {"local": 0.25, "band": 0}}}
+    plan = GraftPlan.from_dict(rule, 4, lambda band, grid: values)
+    assert list(plan.attention) == [2]
+    with pytest.raises(ValueError, match="have to be measured"):
+        GraftPlan.from_dict(rule, 4)
 
 
 def test_surgery_touches_nothing_else() -> None:
