@@ -206,7 +206,7 @@ class SparseAttentionHandle:
         length = query.shape[2]
         if scope.layout.spans(length) is None:
             raise StayDense(f"a sequence of {length} tokens does not fit the grid {scope.layout.grid}")
-        least = smallest_useful(self.method.config, query.device)
+        least = smallest_useful(self.method, query.device)
         if scope.layout.video_tokens < least:
             raise StayDense(
                 f"{scope.layout.video_tokens} video tokens are fewer than {least}, below which dense attention is "

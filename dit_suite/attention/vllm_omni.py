@@ -159,7 +159,7 @@ class VllmOmniAttention:
         layout = TokenLayout(token_grid(params), params.get("text", "none"))
         if layout.spans(query.shape[2]) is None:
             raise StayDense(f"a sequence of {query.shape[2]} tokens does not fit the grid {layout.grid}")
-        least = smallest_useful(method.config, query.device)
+        least = smallest_useful(method, query.device)
         if layout.video_tokens < least:
             raise StayDense(f"{layout.video_tokens} video tokens are fewer than {least} (min_tokens)")
         layers = int(params.get("num_layers") or 0)

@@ -15,15 +15,20 @@ from dit_suite.benchmarks.sparse_kernels import interleaved, median_ratio
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 
 
-def _run_facts(method: Any, steps: int, layers: int, dense: float, sparse: float, search: float) -> dict[str, float]:
-    """Gain over a whole run and the searches' share of it, put together from the measured parts."""
+def run_facts(method: Any, steps: int, layers: int, dense: float, gain: float, search: float) -> dict[str, float]:
+    """Gain over a whole run and the searches' share of it, put together from the measured parts.
+
+    Args:
+        dense: seconds of a dense network pass; `gain` is how many times faster a sparse one is.
+        search: seconds of one search in one layer.
+    """
     if isinstance(method, VMoBAMethod):
         dense_steps, searches = math.ceil(method.config.dense_first_steps * steps - 1e-9), 0
     else:
         due = method.config.searches(steps)
         dense_steps, searches = due[0] + 1, method.planned_searches(steps)
     searching = layers * searches * search
-    total = dense * dense_steps + sparse * (steps - dense_steps) + searching
+    total = dense * dense_steps + dense / gain * (steps - dense_steps) + searching
     return {"run_speedup": steps * dense / total, "search_share": searching / total}
 
 
@@ -65,12 +70,12 @@ def time_steps(
             layers = handle.stats()["layers"]
         search = statistics.median(layer.get("search_seconds", 0.0) for layer in layers)
         times = interleaved({"dense": lambda: forward(middle, dense_run), "sparse": sparse}, args.repeats)
-        seconds = {name: statistics.median(t[0] for t in taken) for name, taken in times.items()}
+        dense, gain = statistics.median(t[0] for t in times["dense"]), median_ratio(times["dense"], times["sparse"], 0)
         row.facts |= {
-            "step_speedup": median_ratio(times["dense"], times["sparse"], 0),
+            "step_speedup": gain,
             "step_cpu_speedup": median_ratio(times["dense"], times["sparse"], 1),
-            "dense_step_s": seconds["dense"],
+            "dense_step_s": dense,
             "search_s_per_layer": search or None,
         }
-        row.facts |= _run_facts(method, steps, len(layers), seconds["dense"], seconds["sparse"], search)
+        row.facts |= run_facts(method, steps, len(layers), dense, gain, search)
         print(f"step, {row.name}, {row.setting}: {row.facts['step_speedup']:.2f}x", flush=True)

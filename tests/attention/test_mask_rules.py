@@ -22,6 +22,7 @@ from dit_suite.attention.vmoba import VMoBAConfig
 from dit_suite.benchmarks import discover, sparse_clips
 from dit_suite.benchmarks.sparse_clips import Probe
 from dit_suite.benchmarks.sparse_contenders import contenders
+from dit_suite.benchmarks.sparse_steps import run_facts
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from tests.attention.tiny_models import build, forward, wan_inputs
 
@@ -124,6 +125,16 @@ def test_the_probe_measures_the_weight_that_was_kept(share):
             assert probe.recalls == pytest.approx([1.0] * 3, abs=1e-5)
         else:
             assert all(share - 0.1 < recall < 0.999 for recall in probe.recalls)
+
+
+def test_a_run_is_put_together_from_dense_steps_searches_and_sparse_steps():
+    adaspa = run_facts(AdaSpaMethod(AdaSpaConfig()), 30, layers=8, dense=2.0, gain=2.0, search=0.25)
+    assert adaspa["run_speedup"] == pytest.approx(60 / (6 * 2 + 24 * 1 + 8 * 2 * 0.25))  # steps 0-5 dense, 2 searches
+    assert adaspa["search_share"] == pytest.approx(0.1)
+    static = RuleMethod("radial", AdaSpaConfig(), every_step=False)
+    assert run_facts(static, 30, 8, 2.0, 2.0, 0.25)["search_share"] == pytest.approx(2 / 38)
+    vmoba = run_facts(VMoBAMethod(VMoBAConfig.training_free()), 30, 8, 2.0, 2.0, 0.0)
+    assert vmoba == {"run_speedup": pytest.approx(60 / (8 * 2 + 22 * 1)), "search_share": 0.0}
 
 
 def test_clips_in_the_file_are_not_made_again(tmp_path, monkeypatch):

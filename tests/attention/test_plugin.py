@@ -13,6 +13,7 @@ from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, LT
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from dit_suite.attention import AdaSpaConfig, VMoBAConfig, apply_adaspa, apply_vmoba, supported
+from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod, smallest_useful
 from dit_suite.attention.plugin import self_attention_layers
 from dit_suite.pipelines.pipeline_text_to_video import TextToVideoPipeline
 from dit_suite.schedulers.generators import sample_generators
@@ -270,6 +271,26 @@ def test_reasons_to_stay_dense_are_counted_and_warned_once():
                 assert torch.equal(forward(model, given), dense)
             assert len([w for w in caught if "AdaSpa" in str(w.message)]) == 1
             assert sum(handle.stats()["fallbacks"].values()) == 6
+
+
+def test_a_density_that_saves_nothing_on_a_cpu_is_said_once():
+    model, given = build("wan"), tiny_models.wan_inputs()
+    for sparsity, times in ((0.4, 1), (0.75, 0)):
+        config = AdaSpaConfig(sparsity=sparsity, **SEARCH_AT_0)
+        with apply_adaspa(model, config), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                _run_steps(model, given, range(2))
+        said = [str(w.message) for w in caught if "saves no time" in str(w.message)]
+        expected = "AdaSpa keeps 60% of the blocks: on a CPU that saves no time (it does below half of them)"
+        assert said == [expected] * times
+
+
+def test_vmoba_pays_later_than_adaspa_on_a_cpu():
+    cpu = torch.device("cpu")
+    assert smallest_useful(AdaSpaMethod(AdaSpaConfig()), cpu) == 1024
+    assert smallest_useful(VMoBAMethod(VMoBAConfig()), cpu) == 2048
+    assert smallest_useful(VMoBAMethod(VMoBAConfig(min_tokens=7)), cpu) == 7
 
 
 def test_a_mask_that_is_not_text_padding_stays_dense():
