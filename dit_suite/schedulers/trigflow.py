@@ -166,8 +166,9 @@ class TrigFlowScheduler(_FrameScheduler, ConfigMixin):
         if timesteps is not None:
             given = list(timesteps)
             falling = all(a > b for a, b in zip(given, given[1:], strict=False))
-            if not given or not falling or given[0] > math.pi / 2 + 1e-6 or given[-1] <= 0:
+            if not given or not falling or given[0] > math.pi / 2 + 1e-4 or given[-1] <= 0:
                 raise ValueError("timesteps must fall from at most pi/2 to above 0")
+            given[0] = min(given[0], math.pi / 2)
         else:
             _check_steps(num_inference_steps or 0)
             given = [math.pi / 2 * (1 - i / num_inference_steps) for i in range(num_inference_steps)]

@@ -114,6 +114,11 @@ class PlayRooms:
         self._players[visitor], self._models[visitor] = player, model
         return player
 
+    @property
+    def players(self) -> tuple[Player, ...]:
+        """The games of all visitors, ended ones included until their visitor leaves."""
+        return tuple(self._players.values())
+
     def hold(self, visitor: str, action: int) -> None:
         """The action that counts from the next frame on."""
         if visitor in self._players:
@@ -223,7 +228,6 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
         play, controls, [screen, figures], concurrency_id="play", concurrency_limit=context.max_visitors,
         show_progress="hidden", **private,
     )  # fmt: skip
-    start.click(None, None, None, js=_KEYS, **private)
     stop.click(halt, None, None, queue=False, cancels=[game], **private)
     save.click(keep, None, [saved], **private)
 
@@ -247,5 +251,7 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
         return gr.Dropdown(choices, value=choices[0]), chosen.config.default_steps, chosen.config.fps
 
     model.change(switched, [model], [begin, steps, speed], **private)
+    # not on the click of Play: the page runs the listeners of one event in turn, and the game's ends with the game
+    Context.root_block.load(None, None, None, js=_KEYS, **private)
     Context.root_block.unload(leave)
     return rooms

@@ -82,7 +82,7 @@ def test_timesteps():
 
 
 def test_a_distilled_network_keeps_to_its_times():
-    learned = TrigFlowScheduler(times=(math.pi / 2, 0.9, 0.5, 0.2))
+    learned = TrigFlowScheduler(times=(1.5708, 0.9, 0.5, 0.2))
     expected = {1: [math.pi / 2], 2: [math.pi / 2, 0.2], 3: [math.pi / 2, 0.5, 0.2], 4: [math.pi / 2, 0.9, 0.5, 0.2]}
     for steps, times in expected.items():
         learned.set_timesteps(steps)
