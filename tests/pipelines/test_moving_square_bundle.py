@@ -5,11 +5,13 @@ import pytest
 import torch
 
 import dit_suite
+from dit_suite.checkpoints import find_checkpoint
 from dit_suite.data.moving_square import MOVES, MovingSquareClips, MovingSquareGame, one_hot, play, to_samples
 from dit_suite.evaluation.rollout import RolloutOptions, evaluate_rollout
+from dit_suite.models.nfd import NFDTransformer3DModel
 from dit_suite.pipelines.pipeline_nfd import NFDPipeline
 from dit_suite.schedulers.frame_sampler import FrameSamplerOptions
-from dit_suite.schedulers.trigflow import FrameFlowScheduler
+from dit_suite.schedulers.trigflow import FrameFlowScheduler, TrigFlowScheduler
 
 BUNDLE = "moving-square-nfd"
 
@@ -65,17 +67,41 @@ def test_the_square_obeys_at_the_very_next_frame(pipe):
     assert right > 95
 
 
-def test_four_passes_keep_up_with_eighteen(pipe):
-    """N15 for the same weights: four TrigFlow passes are within 1 dB of eighteen Euler steps of the flow."""
+@pytest.fixture(scope="module")
+def held_out() -> tuple[torch.Tensor, torch.Tensor]:
     data = MovingSquareClips(40, 4, seed=4242)
-    video, actions = (torch.stack([data[i][key] for i in range(40)]) for key in ("video", "actions"))
-    flow = NFDPipeline(pipe.transformer, FrameFlowScheduler(), action_names=pipe.config.action_names)
-    psnr = []
-    for sampled, steps in ((pipe, 4), (flow, 18)):
-        error = (next_frames(sampled, video, actions, steps) - video[:, :, -1]).square().mean((1, 2, 3)) / 4
-        psnr.append(float((-10 * error.clamp(min=1e-5).log10()).mean()))
-    assert psnr[0] > psnr[1] - 1.0
-    assert psnr[1] > 33
+    return tuple(torch.stack([data[i][key] for i in range(40)]) for key in ("video", "actions"))
+
+
+def psnr(pipe, held_out, steps: int) -> float:
+    """Mean decibels of the next frame after three real ones."""
+    video, actions = held_out
+    error = (next_frames(pipe, video, actions, steps) - video[:, :, -1]).square().mean((1, 2, 3)) / 4
+    return float((-10 * error.clamp(min=1e-5).log10()).mean())
+
+
+@pytest.fixture(scope="module")
+def teacher() -> NFDTransformer3DModel:
+    return NFDTransformer3DModel.from_pretrained(find_checkpoint(BUNDLE).folder / "teacher")
+
+
+def with_teacher(pipe, teacher, scheduler) -> NFDPipeline:
+    return NFDPipeline(teacher, scheduler, action_names=pipe.config.action_names)
+
+
+def test_four_passes_keep_up_with_eighteen_of_the_teacher(pipe, teacher, held_out):
+    """N15: the student in four passes is within 1 dB of the teacher in eighteen (it is ahead)."""
+    reference = psnr(with_teacher(pipe, teacher, FrameFlowScheduler()), held_out, 18)
+    assert reference > 33
+    assert psnr(pipe, held_out, 4) > reference - 1.0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_student_is_better_than_its_teacher_at_equal_passes(pipe, teacher, held_out, steps: int):
+    """Whatever sampler the teacher takes: Euler, TrigFlow, or TrigFlow at the student's times."""
+    schedulers = FrameFlowScheduler(), TrigFlowScheduler(), TrigFlowScheduler.from_config(pipe.scheduler.config)
+    best = max(psnr(with_teacher(pipe, teacher, scheduler), held_out, steps) for scheduler in schedulers)
+    assert psnr(pipe, held_out, steps) > best + 0.5
 
 
 def test_a_rollout_stays_closer_to_the_game_than_a_still_picture(pipe):
