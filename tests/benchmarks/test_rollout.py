@@ -24,11 +24,11 @@ def recorded(tmp_path_factory):
         actions = rng.integers(0, len(ACTION_NAMES), 40)
         turns = np.array([0, 0, 4, -4, 4, -4])[actions]
         places = np.concatenate([[0], np.cumsum(turns)[:-1]]) + int(rng.integers(64))
-        frames = np.stack([np.roll(wall, int(place), axis=1)[:, :32] for place in places])
+        frames = np.stack([np.roll(wall, int(place), axis=1)[:, :16] for place in places])
         rows.append(
             {
                 "frames": frames.tobytes(), "actions": actions.tolist(), "episode": episode, "height": 16,
-                "width": 32, "scenario": "wall", "action_names": list(ACTION_NAMES),
+                "width": 16, "scenario": "wall", "action_names": list(ACTION_NAMES),
                 "split": "heldout" if episode % 4 == 3 else "train",
             }
         )  # fmt: skip
@@ -40,7 +40,7 @@ def recorded(tmp_path_factory):
 def model(tmp_path_factory):
     torch.manual_seed(0)
     network = NFDTransformer3DModel(
-        3, 16, 32, 8, num_layers=1, num_attention_heads=1, attention_head_dim=16, num_actions=6, window=3
+        3, 16, 16, 8, num_layers=1, num_attention_heads=1, attention_head_dim=16, num_actions=6, window=3
     )
     folder = tmp_path_factory.mktemp("model")
     NFDPipeline(network, TrigFlowScheduler(), action_names=ACTION_NAMES).save_pretrained(folder)

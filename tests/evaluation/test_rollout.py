@@ -6,6 +6,7 @@ import torch
 from dit_suite.data.moving_square import MovingSquareClips, MovingSquareOptions
 from dit_suite.evaluation.rollout import (
     InverseDynamics,
+    JudgeError,
     RolloutOptions,
     accuracy,
     action_following,
@@ -13,6 +14,7 @@ from dit_suite.evaluation.rollout import (
     evaluate_rollout,
     train_inverse_dynamics,
     transitions,
+    turn_classes,
     visible,
 )
 from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
@@ -63,7 +65,7 @@ def test_known_difference_has_the_known_values():
 def test_the_judge_learns_real_frames_and_separates_following_from_not():
     pairs = transitions(*clips(300, 6, 0))
     seen = visible(*pairs, still_action=0)
-    judge = train_inverse_dynamics(tuple(t[seen] for t in pairs), 5, steps=150, width=16)
+    judge = train_inverse_dynamics(tuple(t[seen] for t in pairs), 5, steps=100, batch_size=64, width=12)
     held_out = transitions(*clips(60, 6, 1))
     held_out = tuple(t[visible(*held_out, still_action=0)] for t in held_out)
     result = action_following(judge, held_out, held_out)
@@ -72,5 +74,21 @@ def test_the_judge_learns_real_frames_and_separates_following_from_not():
     assert action_following(judge, held_out, disobedient)["action_following"] < 0.1
     untrained = InverseDynamics(5)
     assert accuracy(untrained, held_out) < 0.6
-    with pytest.raises(ValueError, match="needs 90%"):
+    with pytest.raises(JudgeError, match="needs 90%"):
         action_following(untrained, held_out, held_out)
+
+
+def test_turns_are_what_first_person_actions_are_judged_by():
+    names, classes = turn_classes(("none", "forward", "left", "right", "forward-left", "TURN_RIGHT"))
+    assert [names[i] for i in classes.tolist()] == ["straight", "straight", "left", "right", "left", "right"]
+    with pytest.raises(ValueError, match="turns left or right"):
+        turn_classes(("stay", "jump"))
+
+
+def test_shifts_are_measured_where_they_are():
+    """A picture moved by d pixels matches itself best at shift d, in every band of rows."""
+    picture = torch.rand(2, 3, 12, 40, generator=torch.Generator().manual_seed(0))
+    judge = InverseDynamics(3, width=4, reach=10)
+    for moved in (-7, 0, 4):
+        errors = judge.shift_errors(picture[..., 10:30], picture[..., 10 - moved : 30 - moved]).view(2, 6, 21)
+        assert (errors.argmin(-1) == moved + 10).all()

@@ -130,13 +130,6 @@ def test_gradient_checkpointing_and_save_load(tmp_path: Path):
     assert torch.equal(model(*inputs).sample, again(*inputs).sample)
 
 
-def test_compiles_without_a_graph_break():
-    model, inputs = tiny(num_layers=1), draw()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(*inputs).sample, model(*inputs).sample, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -146,8 +146,7 @@ class _Linear(torch.nn.Module):
         return self.body(features)[..., 0][:, None, :, None, None] * sample
 
 
-@pytest.mark.parametrize("norm", ["clip"])
-def test_distillation_finds_the_consistency_function_of_a_gaussian(norm: str):
+def test_distillation_finds_the_consistency_function_of_a_gaussian():
     """Data N(0, 0.5^2): the teacher's one-step estimate from pure noise is 0, the exact consistency map is 0.5 z."""
     spread, student = 0.5, _Linear()
 
@@ -158,18 +157,18 @@ def test_distillation_finds_the_consistency_function_of_a_gaussian(norm: str):
     def train(steps: int, loss_of, lr: float) -> None:
         optimizer = torch.optim.Adam(student.parameters(), lr)
         for step in range(steps):
-            draws = Draws(0, step, torch.arange(32))
-            samples = spread * torch.randn(32, 1, 4, 2, 2, generator=torch.Generator().manual_seed(step))
+            draws = Draws(0, step, torch.arange(16))
+            samples = spread * torch.randn(16, 1, 4, 2, 2, generator=torch.Generator().manual_seed(step))
             loss = loss_of(TrainingBatch(samples, {}, draws))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
     def imitate(data: TrainingBatch) -> torch.Tensor:
-        level = torch.rand(32, 4, generator=torch.Generator().manual_seed(data.draws.step))
+        level = torch.rand(16, 4, generator=torch.Generator().manual_seed(data.draws.step))
         return (student(data.samples, level) - teacher(data.samples, level)).square().mean()
 
-    train(80, imitate, 1e-2)
+    train(60, imitate, 1e-2)
     t = torch.full((1, 1), 1.5)
     one = torch.ones(1, 1, 1, 1, 1)
 
@@ -178,9 +177,7 @@ def test_distillation_finds_the_consistency_function_of_a_gaussian(norm: str):
             return float(t.cos() * 1.0 - t.sin() * as_trigflow(student, {})(one, t))
 
     before = estimate()
-    objective = ConsistencyDistillation(
-        context_share=0.0, warmup_steps=50, tangent_norm=norm, weighting="uniform", mean=0.5, std=1.0
-    )
-    train(300, lambda data: objective.loss(student, data, teacher=teacher).loss.mean(), 5e-3)
+    objective = ConsistencyDistillation(context_share=0.0, warmup_steps=30, weighting="uniform", mean=0.5, std=1.0)
+    train(150, lambda data: objective.loss(student, data, teacher=teacher).loss.mean(), 8e-3)
     assert before < 0.25
     assert estimate() == pytest.approx(spread, abs=0.1)

@@ -78,43 +78,49 @@ def test_context_keeps_its_level_and_does_not_count():
 
 
 class _Scaled(torch.nn.Module):
-    """v(x, s) = a(s) x."""
+    """v(x, s) = a x with an own number a for every time of the student."""
 
-    def __init__(self):
+    def __init__(self, times: tuple[float, ...]):
         super().__init__()
-        torch.manual_seed(0)
-        self.body = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.SiLU(), torch.nn.Linear(32, 1))
+        self.levels = flow_level(torch.tensor(times))
+        self.factors = torch.nn.Parameter(torch.zeros(len(times)))
 
     def forward(self, sample, timestep):
-        features = torch.stack([timestep, timestep.square()], dim=-1)
-        return wide(self.body(features)[..., 0]) * sample
+        index = (timestep[..., None] - self.levels).abs().argmin(-1)
+        return wide(self.factors[index]) * sample
 
 
 def test_the_teacher_path_keeps_the_spread_that_an_average_would_lose():
-    """Data N(0, 0.5^2): the mean given pure noise is 0, the teacher's ODE scales noise by 0.5; so does the student."""
-    spread, student = 0.5, _Scaled()
-    times = tuple(math.pi / 2 * (1 - i / 12) for i in range(12))
+    """Data N(0, 0.5^2): the mean given pure noise is 0; the teacher's ODE, in six steps, scales the noise instead."""
+    spread = 0.5
+    times = tuple(math.pi / 2 * (1 - i / 6) for i in range(6))
 
     def teacher(sample, timestep):
         level = wide(timestep)
         return sample * (level - (1 - level) * spread**2) / ((1 - level) ** 2 * spread**2 + level**2)
 
+    expected = 1.0
+    for t, later in zip(times, (*times[1:], 0.0), strict=True):
+        slope = math.cos(t) * math.sin(t) * (1 - spread**2) / (math.cos(t) ** 2 * spread**2 + math.sin(t) ** 2)
+        expected *= math.cos(t - later) - math.sin(t - later) * slope
+    assert expected > 0.3
+    student = _Scaled(times)
     objective = GridConsistency(times=times, path="teacher", context_share=0.0, first_share=1.0)
-    optimizer = torch.optim.Adam(student.parameters(), 1e-2)
-    for step in range(400):
+    optimizer = torch.optim.Adam(student.parameters(), 5e-2)
+    for step in range(100):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (1 - step / 400)
-        loss = objective.loss(student, batch(64, step), teacher=teacher).loss.mean()
+            group["lr"] = 5e-2 * (1 - step / 100)
+        loss = objective.loss(student, batch(16, step), teacher=teacher).loss.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     scheduler = TrigFlowScheduler(clip_sample=False, times=times)
     scheduler.set_timesteps(1)
-    noise = torch.randn(1, 1, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    noise = torch.ones(1, 1, 1, 2, 2)
     with torch.no_grad():
         velocity = student(noise, torch.ones(1, 1))
     frame = scheduler.step(velocity, scheduler.timesteps[0], noise).prev_sample
-    assert float(frame.std() / noise.std()) == pytest.approx(spread, abs=0.1)
+    assert float(frame.mean()) == pytest.approx(expected, abs=0.05)
 
 
 def test_bad_times_and_a_missing_teacher_are_named():
