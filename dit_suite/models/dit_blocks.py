@@ -66,13 +66,26 @@ def unpatchify(tokens: torch.Tensor, height: int, width: int, patch_size: int) -
     return x.reshape(batch, -1, height * p, width * p)
 
 
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose stride is its kernel, run as one matrix product on cut patches: a fraction of the time where
+    pictures are small. The result is in channels-last memory."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch_size: int):
+        super().__init__(in_channels, out_channels, patch_size, stride=patch_size)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        p = self.kernel_size[0]
+        cut = images.unflatten(-1, (-1, p)).unflatten(-3, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+        return nn.functional.linear(cut.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
 class PatchEmbed(nn.Module):
-    """Convolution with stride equal to its kernel: `(batch, channels, H, W)` to row-major tokens `(batch, n, dim)`."""
+    """Non-overlapping patches to tokens: `(batch, channels, H, W)` to row-major `(batch, n, dim)`."""
 
     def __init__(self, in_channels: int, hidden_size: int, patch_size: int):
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
+        self.proj = PatchConv2d(in_channels, hidden_size, patch_size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)

@@ -7,6 +7,7 @@ windows. Text cross-attention, the feed-forward layer and adaLN-single are as in
 one frame: the token grid is always (frames, height, width).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -295,10 +296,12 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         proxy_mode: "mean" (the paper's and the released model's), "first" (top-left token), "center" or "random"
             (a fresh token per forward in training, a fixed pseudo-random one in evaluation).
         proxy_layout: with several proxies per window, "interleaved" (released code) or "contiguous".
-        shift_window: with or without the shifted-window branch.
+        shift_window: with or without the shifted-window branch; or one flag per block.
         shift_single_window: True rolls and masks an axis even when one window covers it (released code); False leaves
             such an axis alone, as Swin does.
         use_additional_conditions: PixArt's resolution and aspect-ratio embeddings (released 1024 px model).
+        time_share: share of the position features that encode the frame. 0.25 is the released code's; a network for
+            pictures only may use 0, which is PixArt's table.
     """
 
     _supports_gradient_checkpointing = True
@@ -321,9 +324,10 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         proxy_compress_ratios: tuple[int, int, int] | None = None,
         proxy_mode: str = "mean",
         proxy_layout: str = "interleaved",
-        shift_window: bool = True,
+        shift_window: bool | Sequence[bool] = True,
         shift_single_window: bool = True,
         use_additional_conditions: bool = False,
+        time_share: float = 0.25,
     ):
         super().__init__()
         if proxy_mode not in PROXY_MODES:
@@ -333,14 +337,19 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         hidden_size = num_attention_heads * attention_head_dim
         if hidden_size % 16:
             raise ValueError(f"the width must be a multiple of 16, got {hidden_size}")
+        if time_share not in (0.0, 0.25):
+            raise ValueError(f"time_share must be 0 or 0.25, got {time_share}")
+        shifted = [shift_window] * num_layers if isinstance(shift_window, bool) else list(shift_window)
+        if len(shifted) != num_layers:
+            raise ValueError(f"shift_window needs one flag per block, {num_layers}, got {len(shifted)}")
         self.patch_embed = PatchEmbed(in_channels, hidden_size, patch_size)
         self.adaln_single = AdaLayerNormSingle(hidden_size, use_additional_conditions=use_additional_conditions)
         self.caption_projection = PixArtAlphaTextProjection(in_features=caption_channels, hidden_size=hidden_size)
         self.transformer_blocks = nn.ModuleList(
             PTDiTTransformerBlock(
-                hidden_size, num_attention_heads, index, shift_window, proxy_mode, proxy_layout == "contiguous"
+                hidden_size, num_attention_heads, index, shifts, proxy_mode, proxy_layout == "contiguous"
             )
-            for index in range(num_layers)
+            for index, shifts in enumerate(shifted)
         )
         self.norm_out = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
@@ -371,13 +380,14 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
             nn.init.zeros_(linear.weight)
 
     def position_table(self, grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-        """Fixed sin-cos positions `(f*h*w, dim)`: a quarter of the width for time, the rest for (column, row)."""
+        """Fixed sin-cos positions `(f*h*w, dim)`: a share of the width for time, the rest for (column, row)."""
         frames, height, width = grid
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         scale = max(self.config.sample_size // 64, 1)
-        time = sincos_1d(torch.arange(frames, device=device), dim // 4)
-        row = sincos_1d(torch.arange(height, device=device) / scale, 3 * dim // 8)
-        column = sincos_1d(torch.arange(width, device=device) / scale, 3 * dim // 8)
+        time_dim = int(dim * self.config.time_share)
+        time = sincos_1d(torch.arange(frames, device=device), time_dim)
+        row = sincos_1d(torch.arange(height, device=device) / scale, (dim - time_dim) // 2)
+        column = sincos_1d(torch.arange(width, device=device) / scale, (dim - time_dim) // 2)
         parts = (time[:, None, None], column[None, None], row[None, :, None])
         return torch.cat([part.expand(*grid, -1) for part in parts], dim=-1).reshape(-1, dim)
 

@@ -42,6 +42,12 @@ def sliding_window(num_timesteps: int, units: int, width: int, exponent: float =
     return ((unit >= start) & (unit < start + width)).float()
 
 
+def select_largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """True at the `count` largest values of the last dimension; ties go to the lower index."""
+    order = values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order, True)
+
+
 class TimestepRouter(nn.Module):
     """Gate and experts of one block.
 
@@ -64,8 +70,7 @@ class TimestepRouter(nn.Module):
 
     def selected(self, probabilities: torch.Tensor) -> torch.Tensor:
         """Which experts are on: bool `(batch, E)` with k True per row; ties go to the lower index."""
-        order = probabilities.sort(dim=-1, descending=True, stable=True).indices[:, : self.num_active]
-        return torch.zeros_like(probabilities, dtype=torch.bool).scatter(1, order, True)
+        return select_largest(probabilities, self.num_active)
 
     def gates(self, time_embedding: torch.Tensor) -> torch.Tensor:
         """Probabilities of the chosen experts and zeros elsewhere: `(batch, E)`."""
@@ -182,6 +187,13 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
         embedding = self.time_embed(timestep)
         return torch.stack([router.probabilities(embedding) for router in self.routers], dim=1)
 
+    def routing_gates(self, time_embedding: torch.Tensor) -> torch.Tensor:
+        """What `TimestepRouter.gates` gives, for all blocks at once: `(batch, D)` to `(batch, num_layers, E)`."""
+        active = nn.functional.silu(time_embedding)
+        logits = torch.stack([router.gate(active) for router in self.routers], dim=1)
+        probabilities = logits.float().softmax(dim=-1)
+        return probabilities * select_largest(probabilities, self.config.experts_per_timestep)
+
     @torch.no_grad()
     def routing_table(self) -> torch.Tensor:
         """Which experts are on at every timestep: bool `(num_timesteps, num_layers, E)`."""
@@ -194,7 +206,8 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
         used = [*self.routers.parameters(), *self.time_embed.parameters()]
         key = (timestep, *((p.data_ptr(), p._version, p.dtype) for p in used))
         if key not in self._merged:
-            merged = [router.merge(router.gates(time_embedding)) for router in self.routers]
+            gates = self.routing_gates(time_embedding).unbind(1)
+            merged = [router.merge(row) for router, row in zip(self.routers, gates, strict=True)]
             if self._merged_limit == 0:
                 return merged
             while len(self._merged) >= self._merged_limit:
@@ -211,7 +224,8 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
             first = timestep[0].item()
             if bool((timestep == first).all()):
                 return self.merged_experts(time_embedding[:1], first)
-        return [router.merge(router.gates(time_embedding)) for router in self.routers]
+        gates = self.routing_gates(time_embedding).unbind(1)
+        return [router.merge(row) for router, row in zip(self.routers, gates, strict=True)]
 
     def mixture(
         self, layer: int, hidden_states: torch.Tensor, time_embedding: torch.Tensor, merged: MergedExperts | None
@@ -245,7 +259,7 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
             return block(kept, conditioning) + (hidden_states - kept)
         mixed = self.mixture(layer, hidden_states, time_embedding, merged)
         out = block(torch.addcmul(hidden_states, hidden_states, mixed), conditioning)
-        return torch.addcmul(out, hidden_states, mixed, value=-1)
+        return out.addcmul_(hidden_states, mixed, value=-1)
 
     def forward(
         self,

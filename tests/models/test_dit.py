@@ -14,7 +14,7 @@ from dit_suite.converters.dit import build_model, make_scheduler, rename_from_of
 from dit_suite.golden import dit as golden
 from dit_suite.golden import read_fixture, section
 from dit_suite.models.dit import DiTModel, dit_config
-from dit_suite.models.dit_blocks import unpatchify
+from dit_suite.models.dit_blocks import PatchEmbed, unpatchify
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.respacing import respaced_betas, respaced_scheduler, space_timesteps
 from dit_suite.training.objectives import diffusion_tables, named_tables
@@ -346,3 +346,12 @@ def test_impossible_spacing_is_refused() -> None:
         space_timesteps(1000, "ddim999")
     with pytest.raises(ValueError, match="can't give 600"):
         space_timesteps(1000, "600,10")
+
+
+def test_patches_are_the_strided_convolution():
+    torch.manual_seed(0)
+    embed = PatchEmbed(3, 8, 4)
+    images = torch.randn(2, 3, 8, 12)
+    conv = torch.nn.functional.conv2d(images, embed.proj.weight, embed.proj.bias, stride=4)
+    assert embed.proj(images).shape == conv.shape
+    torch.testing.assert_close(embed(images), conv.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)

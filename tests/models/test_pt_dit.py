@@ -15,7 +15,7 @@ from dit_suite.converters import ConversionError
 from dit_suite.converters import pt_dit as converter
 from dit_suite.golden import pt_dit as golden
 from dit_suite.golden import read_fixture, section
-from dit_suite.models.dit_blocks import from_windows, to_windows
+from dit_suite.models.dit_blocks import from_windows, sincos_2d, to_windows
 from dit_suite.models.pt_dit import (
     PT_DIT_SIZES,
     PTDiTTransformer3DModel,
@@ -348,3 +348,15 @@ def test_compiles_to_one_graph_with_gradients():
     model = awake(tiny(num_layers=1))
     compiled = torch.compile(model, fullgraph=True, backend="eager")(**inputs()).sample
     torch.testing.assert_close(compiled, model(**inputs()).sample, atol=1e-6, rtol=0)
+
+
+def test_shifted_windows_in_some_blocks_and_positions_without_time():
+    model = tiny(shift_window=[False, True])
+    assert [hasattr(block, "attn3") for block in model.transformer_blocks] == [False, True]
+    assert model(**inputs()).sample.shape == (2, 3, 16, 16)
+    with pytest.raises(ValueError, match="one flag per block, 2, got 3"):
+        tiny(shift_window=[True] * 3)
+    table = tiny(time_share=0.0).position_table((1, 4, 6), torch.device("cpu"))
+    torch.testing.assert_close(table, sincos_2d(4, 6, 32))
+    with pytest.raises(ValueError, match="time_share must be 0 or 0.25"):
+        tiny(time_share=0.3)
