@@ -3,7 +3,7 @@
 FLOPs come from torch's counter on the meta device, where attention is two batched products (`attention_gflops`) and
 everything else is linear layers. Times are medians over rounds that run baseline and technique in turn, so that a busy
 machine slows both alike; `speedup` is the median ratio of wall times and `cpu_speedup` of CPU times. Weights are
-random: none of this depends on them.
+random: none of this depends on them. The part `trained` is about checkpoints: see `trained_backbones`.
 """
 
 import argparse
@@ -16,7 +16,10 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dit_suite.benchmarks import trained_backbones
+
 NAME = "backbones"
+UNTRAINED = ("text", "class", "lego")
 
 PIXELS_PER_TOKEN = 16
 CAPTION = (1, 24, 384)
@@ -25,7 +28,7 @@ GIGA = 1e9
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--parts", nargs="+", choices=("text", "class", "lego"), default=["text", "class", "lego"])
+    parser.add_argument("--parts", nargs="+", choices=(*UNTRAINED, "trained"), default=list(UNTRAINED))
     parser.add_argument("--pixels", type=int, nargs="+", default=[256, 512, 1024, 2048], help="sides, for FLOPs")
     parser.add_argument("--timed-pixels", type=int, nargs="*", default=[256, 512, 1024], help="sides that are timed")
     parser.add_argument("--heads", type=int, default=6, help="heads of the text networks (6 x 48: the S-Class model)")
@@ -33,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=2, help="blocks of the text networks")
     parser.add_argument("--pairs", type=int, default=10, help="interleaved pairs per time")
     parser.add_argument("--device", default="cpu")
+    trained_backbones.add_arguments(parser)
 
 
 def count_flops(make: Callable[[], Any]) -> tuple[float, float]:
@@ -319,4 +323,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         rows += class_rows(args)
     if "lego" in args.parts:
         rows += lego_rows(args)
-    return {"settings": {key: value for key, value in vars(args).items() if key != "output"}, "rows": rows}
+    if "trained" in args.parts:
+        rows += trained_backbones.trained_rows(args)
+    settings = {key: str(value) if key == "data" else value for key, value in vars(args).items() if key != "output"}
+    return {"settings": settings, "rows": rows}
