@@ -369,8 +369,9 @@ class Planner:
         rows[-1]["seconds"] = round(fixed_seconds, 4)
         self.say(f"seconds: sequential {sequential:.3f}, planned {seconds:.3f}, best fixed {fixed_seconds:.3f}")
         if max_seconds is None and fixed_seconds < seconds:
-            strategies, seconds = fixed[-1][0], fixed_seconds
-            values = self.check(strategies)
+            found = self.check(fixed[-1][0])
+            if floor(found) >= target_psnr:
+                strategies, seconds, values = fixed[-1][0], fixed_seconds, found
         return Plan(
             strategies=strategies,
             seconds=seconds,
