@@ -1,7 +1,8 @@
 """Frames per second of the Play tab: in the model's loop, and as pictures that a real browser has shown.
 
-The loop is `PlaySession.step` without waiting for the clock of the game, decoding included. The browser is Chromium through
-playwright, on the machine of the server; the player holds keys and changes them. Without Chromium those rows say so.
+The loop is `PlaySession.step` without waiting for the clock of the game, decoding included. The browser is Chromium
+through playwright, on the machine of the server; the player holds keys and changes them. Without Chromium those rows
+say so.
 """
 
 import argparse
