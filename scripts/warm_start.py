@@ -35,14 +35,13 @@ def start(config: TrainConfig, teacher: PixArtTransformer2DModel, layers: Sequen
     """
     torch.manual_seed(config.run.seed)
     network = construct(config.model)
-    depth = getattr(network.config, "num_layers", 0)
-    chosen = list(layers) if layers else spread_layers(depth, teacher.config.num_layers)
+    if not isinstance(network, PTDiTTransformer3DModel | DiTModel | SwitchDiTTransformer2DModel):
+        raise ValueError(f"a {type(network).__name__} can't be started from a PixArt network")
+    chosen = list(layers) if layers else spread_layers(network.config.num_layers, teacher.config.num_layers)
     if isinstance(network, PTDiTTransformer3DModel):
         start_pt_dit(teacher, network, chosen)
-    elif isinstance(network, DiTModel | SwitchDiTTransformer2DModel):
-        start_dit(teacher, network, chosen, mean_text(teacher, *level_batch(config, teacher)))
     else:
-        raise ValueError(f"a {type(network).__name__} can't be started from a PixArt network")
+        start_dit(teacher, network, chosen, mean_text(teacher, *level_batch(config, teacher)))
     return network
 
 

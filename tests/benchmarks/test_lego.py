@@ -62,7 +62,7 @@ def test_one_run_of_skipping_and_panorama(tmp_path):
     """A t_break of zero is the unskipped run: identical pictures count as 100 dB; a wide canvas is made."""
     torch.manual_seed(0)
     network = LegoTransformer2DModel(
-        sample_size=16, brick_sizes=(8, 16), patch_sizes=(4, 4), brick_depths=(1, 1), num_attention_heads=2,
+        sample_size=16, brick_sizes=(4, 16), patch_sizes=(2, 4), brick_depths=(1, 1), num_attention_heads=2,
         attention_head_dim=8, num_classes=6,
     )  # fmt: skip
     domain = {"styles": ["fluent-3d", "noto", "noto-blob"], "groups": ["food-drink", "objects"]}

@@ -1,5 +1,7 @@
 """Warm starts: where nothing has to be approximated the student is the teacher, and errors are said early."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -79,10 +81,15 @@ def test_a_dit_is_its_teacher_without_text(routing):
     if routing != "plain":
         student = SwitchDiTTransformer2DModel(**SHAPE, **CLASSES, routing=routing)
     start_dit(source, student.eval(), [0, 1], [torch.zeros(32)] * 2)
+    last: list[torch.Tensor] = []
+    for norm in (source.norm_out, student.final_layer.norm):
+        norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))
     given = inputs()
     wanted = source(**given, added_cond_kwargs=ADDED).sample
     found = student(given["hidden_states"], given["timestep"], torch.tensor([1, 3])).sample
-    torch.testing.assert_close(found, wanted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(last[1], last[0], atol=1e-4, rtol=1e-4)
+    # the final modulation is a fit over all timesteps
+    assert (found - wanted).square().mean() < 1e-3 * wanted.square().mean()
 
 
 @torch.no_grad()
@@ -125,5 +132,6 @@ def test_what_does_not_fit_is_refused(capsys):
         start_pt_dit(teacher(), proxies(attention_head_dim=24), [0, 1])
     with pytest.raises(ValueError, match="layers must name 2 of the teacher's layers 0 to 1"):
         start_pt_dit(teacher(), proxies(), [0, 2])
-    assert script.main(["--config", "configs/emoji_lego_64_cpu.yaml", "--output", "unused"]) == 2
+    config = Path(__file__).parents[2] / "configs" / "emoji_lego_64_cpu.yaml"
+    assert script.main(["--config", str(config), "--output", "unused"]) == 2
     assert "LegoTransformer2DModel can't be started" in capsys.readouterr().err
