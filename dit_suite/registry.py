@@ -146,6 +146,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         model="dit_suite.models.pt_dit:PTDiTTransformer3DModel",
         pipeline="dit_suite.pipelines.pipeline_text_to_image:TextToImagePipeline",
         options="dit_suite.call_options:TextToImageOptions",
+        bundled="emoji-ptdit-64",
     ),
     Technique(
         name="switch_dit",
@@ -154,6 +155,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         model="dit_suite.models.switch_dit:SwitchDiTTransformer2DModel",
         pipeline="dit_suite.pipelines.pipeline_class_to_image:ClassToImagePipeline",
         options="dit_suite.call_options:ClassToImageOptions",
+        bundled="emoji-switchdit-64",
     ),
     Technique(
         name="lego",
@@ -162,6 +164,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         model="dit_suite.models.lego:LegoTransformer2DModel",
         pipeline="dit_suite.pipelines.pipeline_lego:LegoPipeline",
         options="dit_suite.call_options:LegoOptions",
+        bundled="emoji-lego-64",
     ),
 )
 
