@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fd-samples", type=int, default=0, help="compare distances over this many captions instead")
     parser.add_argument("--data", type=Path, default=Path("data/emoji64"), help="held-out captions (--fd-samples)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (--fd-samples)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network")
     parser.add_argument("--features", default="enet-lite0", help="feature network, as in evaluate.py (--fd-samples)")
 
 
@@ -298,6 +299,7 @@ def _threshold(bench: Bench, steps: int, full: float, target: float, runs: int, 
         model = bench.pipe.transformer
         found = _tuned(bench, steps, full, target, runs, lambda t: lambda: _mag_cache(model, t, steps, ratios))
         share = bench.flops(lambda: _mag_cache(model, found, steps, ratios), steps)[0] / full
+        folder.mkdir(parents=True, exist_ok=True)
         write_json({"threshold": found, "flops": share}, path)
     return float(json.loads(path.read_text("utf-8"))["threshold"])
 
@@ -331,7 +333,7 @@ def _distances(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         )
         job = SamplingJob(
             technique=checkpoint.technique.name, model=args.model, weights_sha256=checkpoint.weights_sha256,
-            conditions=captions, options=options, seed=args.seed, batch_size=args.batch_size,
+            conditions=captions, options=options, seed=args.seed, batch_size=args.batch_size, dtype=args.dtype,
         )  # fmt: skip
         folder = held_out.output / name
         held_out.make(folder, job, bench.pipe, method.scope, note=f"{method.name}, {method.setting}")
@@ -356,7 +358,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures every method and returns the rows."""
     from dit_suite.checkpoints import load_pipeline
 
-    pipe = load_pipeline(args.model)
+    pipe = load_pipeline(args.model, dtype=getattr(torch, args.dtype))
     pipe.set_progress_bar_config(disable=True)
     bench, steps = Bench(args.model, pipe, args.guidance_scale, args.seed), args.num_inference_steps
     if args.fd_samples:
