@@ -4,7 +4,7 @@ Source: "Block-wise Adaptive Caching for Accelerating Diffusion Policy" (arXiv 2
 step is fixed beforehand by a schedule; the cached forward is in `cache_hooks`, the making of schedules in `plan`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,18 @@ Plan = BACSchedule | BACConfig | SimilarityProfile | str | Path
 class BACHandle:
     """A BAC cache on one transformer; also a context manager that removes itself."""
 
-    def __init__(self, model: torch.nn.Module, pipeline: Any, schedules: dict[int, BACSchedule]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        pipeline: Any,
+        schedules: dict[int, BACSchedule],
+        guess: Callable[[int], BACSchedule] | None = None,
+    ) -> None:
         self.model: torch.nn.Module | None = model
         self.schedules = schedules
         first = next(iter(schedules.values()))
         self.config = BACConfig.from_dict({**first.config, "flop_fraction": None, "psnr": None})
-        self._engine = Engine(schedules, self.config)
+        self._engine = Engine(schedules, self.config, guess)
         self._hooked: list[torch.nn.Module] = []
         self._eager: dict[torch.nn.Module, Any] = {}
         self._root = attach_root_hook(model, pipeline)
@@ -174,7 +180,7 @@ def apply_bac(target: Any, plan: Plan | Sequence[Plan] | None = None, *, profile
     print_of_model = model_fingerprint(model)
     for schedule in schedules.values():
         check_belongs(schedule, model, print_of_model, pipeline)
-    return BACHandle(model, pipeline, schedules)
+    return BACHandle(model, pipeline, schedules, _guesser(pipeline, plan, profile))
 
 
 def check_free(model: torch.nn.Module, pipeline: Any = None) -> None:
@@ -227,12 +233,29 @@ def _schedules(pipeline: Any, plan: Any, profile: Any) -> list[BACSchedule]:
     config = BACConfig() if plan is None else plan
     if not isinstance(config, BACConfig):
         raise ValueError(f"a BAC plan is a schedule, a profile, a BACConfig or a file, got {type(plan).__name__}")
+    return [build_schedule(item, config) for item in _profiles(pipeline, config, profile)]
+
+
+def _guesser(pipeline: Any, plan: Any, profile: Any) -> Callable[[int], BACSchedule] | None:
+    """What makes a schedule for a step count without a profile, where the config asks for it: from the profile with the
+    nearest step count, at the timesteps that the pipeline's scheduler has set for the run."""
+    if not (isinstance(plan, BACConfig) and plan.interpolate):
+        return None
+    profiles = _profiles(pipeline, plan, profile)
+
+    def guess(num_steps: int) -> BACSchedule:
+        nearest = min(profiles, key=lambda item: abs(item.num_inference_steps - num_steps))
+        timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", ())
+        known = [float(t) for t in timesteps] if len(timesteps) == num_steps else None
+        return build_schedule(nearest.interpolate(num_steps, known), plan)
+
+    return guess
+
+
+def _profiles(pipeline: Any, config: BACConfig, profile: Any) -> list[SimilarityProfile]:
     given = profile if profile is not None else config.profile
-    profiles = bundled_profiles(pipeline) if given is None else _profiles(given)
-    return [build_schedule(item, config) for item in profiles]
-
-
-def _profiles(given: Any) -> list[SimilarityProfile]:
+    if given is None:
+        return bundled_profiles(pipeline)
     items = given if isinstance(given, (list, tuple)) else [given]
     return [item if isinstance(item, SimilarityProfile) else SimilarityProfile.load(item) for item in items]
 

@@ -44,10 +44,22 @@ class _RunState:
 
 
 class Engine:
-    """Decides, stores and recalls for every hook of one `apply_bac`."""
+    """Decides, stores and recalls for every hook of one `apply_bac`.
 
-    def __init__(self, schedules: dict[int, BACSchedule], config: BACConfig) -> None:
+    Args:
+        schedules: by step count.
+        config: how tensors are stored.
+        guess: makes the schedule of a step count that has none; None refuses such runs.
+    """
+
+    def __init__(
+        self,
+        schedules: dict[int, BACSchedule],
+        config: BACConfig,
+        guess: Callable[[int], BACSchedule] | None = None,
+    ) -> None:
         self.schedules = schedules
+        self.guess = guess
         self.config = config
         self.dtype = _DTYPES[config.cache_dtype]
         self.states: WeakKeyDictionary[Any, _RunState] = WeakKeyDictionary()
@@ -74,10 +86,12 @@ class Engine:
                 )
             return next(iter(self.schedules.values()))
         if num_steps not in self.schedules:
-            raise ValueError(
-                f"the BAC schedule was made for {made_for} steps and this run has {num_steps}; calibrate for "
-                f"{num_steps} steps (scripts/calibrate_bac.py) or use profile.interpolate(...)"
-            )
+            if self.guess is None:
+                raise ValueError(
+                    f"the BAC schedule was made for {made_for} steps and this run has {num_steps}; calibrate for "
+                    f"{num_steps} steps (scripts/calibrate_bac.py) or let a BACConfig guess (interpolate=True)"
+                )
+            self.schedules[num_steps] = self.guess(num_steps)
         return self.schedules[num_steps]
 
     def locate(self, context: StepContext) -> tuple[_RunState, int]:

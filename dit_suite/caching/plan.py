@@ -67,6 +67,7 @@ class BACConfig(Options):
     )
     cache_device: str = option("same", "where they wait", choices=("same", "cpu"), advanced=True)
     profile: str | None = option(None, "profile file (default: the one of the bundle)", advanced=True)
+    interpolate: bool = option(False, "guess a schedule for a step count without a profile of its own")
 
     def validate(self) -> None:
         given = [name for name in ("budget", "flop_fraction", "psnr") if getattr(self, name) is not None]
@@ -83,7 +84,7 @@ class BACConfig(Options):
 
     def recipe(self) -> dict[str, Any]:
         """The fields that decide the schedule, without budget, storage and file."""
-        leave = ("budget", "flop_fraction", "psnr", "profile", "cache_dtype", "cache_device")
+        leave = ("budget", "flop_fraction", "psnr", "profile", "interpolate", "cache_dtype", "cache_device")
         return {key: value for key, value in self.to_dict().items() if key not in leave}
 
 

@@ -79,6 +79,22 @@ def test_interpolated_profile_is_labelled() -> None:
             pipe(**case.arguments(num_inference_steps=5), return_dict=False)
 
 
+def test_a_config_may_guess_the_schedule_of_another_step_count() -> None:
+    case = CASES["dit-flow"]
+    pipe = case.build()
+    with ProfileRecorder(pipe) as recorder:
+        sample(case, pipe)
+    profile = recorder.profile()
+    pipe.scheduler.set_timesteps(5)
+    by_hand = profile.interpolate(5, pipe.scheduler.timesteps.tolist())
+    with apply_bac(pipe, build_schedule(by_hand, BACConfig(budget=3))):
+        wanted = pipe(**case.arguments(num_inference_steps=5), return_dict=False)[0]
+    with apply_bac(pipe, BACConfig(budget=3, interpolate=True), profile=profile) as handle:
+        guessed = pipe(**case.arguments(num_inference_steps=5), return_dict=False)[0]
+        assert handle.stats()["interpolated_from"] == {5: STEPS} and "interpolated from 4" in handle.summary()
+    np.testing.assert_array_equal(np.asarray(guessed), np.asarray(wanted))
+
+
 def test_another_scheduler_is_refused() -> None:
     from diffusers import DDIMScheduler
 
