@@ -238,16 +238,16 @@ def _schedules(pipeline: Any, plan: Any, profile: Any) -> list[BACSchedule]:
 
 def _guesser(pipeline: Any, plan: Any, profile: Any) -> Callable[[int], BACSchedule] | None:
     """What makes a schedule for a step count without a profile, where the config asks for it: from the profile with the
-    nearest step count, at the timesteps that the pipeline's scheduler has set for the run."""
+    next larger step count (else the largest), at the timesteps that the pipeline's scheduler has set for the run."""
     if not (isinstance(plan, BACConfig) and plan.interpolate):
         return None
-    profiles = _profiles(pipeline, plan, profile)
+    profiles = sorted(_profiles(pipeline, plan, profile), key=lambda item: item.num_inference_steps)
 
     def guess(num_steps: int) -> BACSchedule:
-        nearest = min(profiles, key=lambda item: abs(item.num_inference_steps - num_steps))
+        chosen = next((item for item in profiles if item.num_inference_steps >= num_steps), profiles[-1])
         timesteps = getattr(getattr(pipeline, "scheduler", None), "timesteps", ())
         known = [float(t) for t in timesteps] if len(timesteps) == num_steps else None
-        return build_schedule(nearest.interpolate(num_steps, known), plan)
+        return build_schedule(chosen.interpolate(num_steps, known), plan)
 
     return guess
 
