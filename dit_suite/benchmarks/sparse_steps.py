@@ -59,11 +59,8 @@ def time_steps(
         with publish_step(StepContext(index, steps, 600.0, "cond", run=key)):
             network(**given, return_dict=False)
 
-    def sparse(method: Any, key: Run) -> None:
-        with SparseAttentionHandle(pipe, method, keep_state=True):
-            forward(middle, key)
-
     runs: dict[str, Callable[[], None]] = {"dense": functools.partial(forward, middle, Run())}
+    around: dict[str, Callable[[], Any]] = {}
     found = []
     for row in rows:
         method, key = row.build(), Run()
@@ -72,8 +69,9 @@ def time_steps(
             layers = handle.stats()["layers"]
         search = statistics.median(layer.get("search_seconds", 0.0) for layer in layers)
         found.append((method, len(layers), search))
-        runs[f"{row.name} {row.setting}"] = functools.partial(sparse, method, key)
-    times = interleaved(runs, args.repeats)
+        runs[f"{row.name} {row.setting}"] = functools.partial(forward, middle, key)
+        around[f"{row.name} {row.setting}"] = functools.partial(SparseAttentionHandle, pipe, method, keep_state=True)
+    times = interleaved(runs, args.repeats, around)
     dense = statistics.median(t[0] for t in times["dense"])
     for row, (method, layers, search) in zip(rows, found, strict=True):
         taken = times[f"{row.name} {row.setting}"]
