@@ -52,7 +52,7 @@ class AdaSpaMethod:
 
     name = "AdaSpa"
     trainable = False
-    smallest: ClassVar[Mapping[str, int]] = {"cuda": 16384, "elsewhere": 1024}
+    smallest: ClassVar[Mapping[str, int]] = {"cuda": 16384, "elsewhere": 2048}
 
     def __init__(self, config: AdaSpaConfig) -> None:
         self.config = config
@@ -234,7 +234,7 @@ class VMoBAMethod:
 
     name = "VMoBA"
     trainable = True
-    smallest: ClassVar[Mapping[str, int]] = {"cuda": 16384, "elsewhere": 2048}
+    smallest: ClassVar[Mapping[str, int]] = {"cuda": 16384, "elsewhere": 4096}
 
     def __init__(self, config: VMoBAConfig) -> None:
         self.config = config

@@ -68,7 +68,13 @@ def _clip(pipe: Any, prompt: str, args: argparse.Namespace) -> tuple[torch.Tenso
 
 
 def _clip_key(args: argparse.Namespace, prompt: str, name: str, setting: str) -> dict[str, Any]:
-    facts = {"model": args.model, "prompt": prompt, "seed": args.seed, "steps": args.num_inference_steps}
+    facts = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "prompt": prompt,
+        "seed": args.seed,
+        "steps": args.num_inference_steps,
+    }
     return facts | {"guidance_scale": args.guidance_scale, "method": name, "setting": setting}
 
 
