@@ -5,16 +5,60 @@ the batches with b mod K = r. A sample is therefore the same whatever K is, and 
 stopped.
 """
 
+import hashlib
+import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from dit_suite.checkpoints import Checkpoint, find_checkpoint, open_pipeline
 from dit_suite.metadata import VERSION, versions
 from dit_suite.options import Options, fields_of
 from dit_suite.registry import Technique, acceleration, technique
+
+
+@dataclass(frozen=True)
+class StartImage:
+    """A picture file that the first frame of a clip shows; the hash is that of the file."""
+
+    path: str
+    sha256: str
+
+    @classmethod
+    def of_file(cls, path: str | Path) -> "StartImage":
+        """Takes the file as it is now.
+
+        Raises:
+            ValueError: it can't be read as a picture.
+        """
+        found = cls(str(path), hashlib.sha256(_read_bytes(path)).hexdigest())
+        found.open()
+        return found
+
+    def open(self) -> Image.Image:
+        """The picture in RGB.
+
+        Raises:
+            ValueError: the file is gone, is no picture, or is another one than it was.
+        """
+        content = _read_bytes(self.path)
+        if hashlib.sha256(content).hexdigest() != self.sha256:
+            raise ValueError(f"the start image {self.path} is not the file it was (sha256 {self.sha256[:16]})")
+        try:
+            return Image.open(io.BytesIO(content)).convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"the start image {self.path} can't be read as a picture: {error}") from None
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"the start image {path} can't be read: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
@@ -32,6 +76,7 @@ class SamplingJob:
         scheduler: a name of `dit_suite.schedulers.diffusers_schedulers.SCHEDULERS`, or None for the checkpoint's own.
         dtype: "float32", "bfloat16" or "float16".
         accelerations: plug-ins by name with their options.
+        start_image: the first frame of every clip, for models that take one.
     """
 
     technique: str
@@ -44,6 +89,7 @@ class SamplingJob:
     scheduler: str | None = None
     dtype: str = "float32"
     accelerations: dict[str, Options] = field(default_factory=dict)
+    start_image: StartImage | None = None
 
     def __post_init__(self) -> None:
         if not self.conditions:
@@ -65,7 +111,7 @@ class SamplingJob:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; two runs with equal dictionaries make the same samples."""
-        return {
+        facts = {
             "technique": self.technique,
             "model": self.model,
             "weights_sha256": self.weights_sha256,
@@ -77,6 +123,7 @@ class SamplingJob:
             "dtype": self.dtype,
             "accelerations": {name: config.to_dict() for name, config in self.accelerations.items()},
         }
+        return facts if self.start_image is None else facts | {"start_image": asdict(self.start_image)}
 
 
 def parse_settings(cls: type[Options], text: str) -> Options:
@@ -161,6 +208,7 @@ def job_of_record(record: dict[str, Any], model: str | None = None) -> tuple[Sam
             name: acceleration(name).config_class().from_dict(values)
             for name, values in record.get("accelerations", {}).items()
         },
+        start_image=StartImage(**record["start_image"]) if "start_image" in record else None,
     )
     return job, indices
 
@@ -169,7 +217,8 @@ def open_job(job: SamplingJob, device: Any = None, checkpoint: Checkpoint | None
     """The job's pipeline, with its scheduler and plug-ins in place.
 
     Raises:
-        ValueError: the checkpoint is not the one the job was made with, or scheduler or plug-ins do not fit it.
+        ValueError: the checkpoint is not the one the job was made with, or scheduler, plug-ins or start image do not
+            fit it.
     """
     import torch
 
@@ -179,6 +228,8 @@ def open_job(job: SamplingJob, device: Any = None, checkpoint: Checkpoint | None
             f"{job.model} has weights {checkpoint.weights_sha256[:16]}, the job was made with {job.weights_sha256[:16]}"
         )
     pipe = open_pipeline(checkpoint, dtype=getattr(torch, job.dtype), device=device)
+    if (job.start_image is not None) != getattr(pipe, "takes_start_image", False):
+        raise ValueError(f"{job.model} {'takes no' if job.start_image else 'needs a'} start image")
     if job.scheduler is not None:
         from dit_suite.schedulers.diffusers_schedulers import build_scheduler
 
@@ -202,7 +253,9 @@ def sample_batch(pipe: Any, job: SamplingJob, indices: Sequence[int], on_step: C
     """
     from dit_suite.schedulers.generators import sample_generators
 
-    given = {job.options.condition: [job.condition(i) for i in indices]}
+    given: dict[str, Any] = {job.options.condition: [job.condition(i) for i in indices]}
+    if job.start_image is not None:
+        given["image"] = job.start_image.open()
     output = pipe(
         **given,
         **job.options.to_kwargs(),

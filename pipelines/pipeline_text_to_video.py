@@ -104,6 +104,8 @@ class TextToVideoPipeline(PromptMixin, SamplingMixin, DiffusionPipeline, WanLora
         total = count * num_videos_per_prompt
         if image is not None:
             self._check_image(image, total)
+        elif self.takes_start_image:
+            raise ValueError("this model needs a start image: its network has channels for one")
         shape = self._latent_shape(total, num_frames, height, width)
         self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
         check_scheduler(self.scheduler, self.config.prediction_type)
@@ -119,9 +121,14 @@ class TextToVideoPipeline(PromptMixin, SamplingMixin, DiffusionPipeline, WanLora
         if ((num_frames - 1) // factor + 1) % patch[0]:
             raise ValueError(f"num_frames must give a multiple of {patch[0]} latent frames, got {num_frames}")
 
-    def _check_image(self, image: Any, total: int) -> None:
+    @property
+    def takes_start_image(self) -> bool:
+        """Whether the network has Wan's input channels for a first frame: a mask and a clip beside the latent."""
         extra = self.transformer.config.in_channels - self._latent_channels
-        if extra != self._latent_channels + self.vae_scale_factor_temporal:
+        return extra == self._latent_channels + self.vae_scale_factor_temporal
+
+    def _check_image(self, image: Any, total: int) -> None:
+        if not self.takes_start_image:
             raise ValueError("this model takes no start image: its network has no channels for one")
         if self.transformer.config.get("image_dim"):
             raise ValueError("networks that also need an image encoder's states are not supported")
@@ -251,7 +258,7 @@ class TextToVideoPipeline(PromptMixin, SamplingMixin, DiffusionPipeline, WanLora
         Args:
             prompt: text, or one text per clip.
             negative_prompt: text to steer away from; used when guidance is on. Default: the empty text.
-            image: picture that the first frame shows, for networks with channels for it.
+            image: picture that the first frame shows, for networks with channels for it (which can't do without).
             num_inference_steps: denoising steps.
             guidance_scale: classifier-free guidance; 1 or less turns it off, which halves the network's work.
             num_videos_per_prompt: clips per prompt, next to each other in the result.

@@ -20,7 +20,7 @@ from dit_suite.checkpoints import find_checkpoint
 from dit_suite.metadata import read_record
 from dit_suite.registry import ACCELERATIONS, TECHNIQUES, technique
 from dit_suite.sample_files import SampleFolder
-from dit_suite.sampling import SamplingJob, job_of_record, parse_acceleration
+from dit_suite.sampling import SamplingJob, StartImage, job_of_record, parse_acceleration
 
 
 def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
@@ -35,6 +35,9 @@ def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
     conditions.add_argument("--class-labels", nargs="+", metavar="LABEL", help="ids or names, used in turn")
     conditions.add_argument("--actions-file", type=Path, help="JSON: a list of action lists")
     conditions.add_argument("--from-image", type=Path, help="make the sample in this file again, from its metadata")
+    parser.add_argument(
+        "--start-image", type=Path, metavar="FILE", help="first frame of every clip, for video models that take one"
+    )
     parser.add_argument("--num-samples", type=int, help="default: one per prompt")
     parser.add_argument("--seed", type=int, default=0, help="sample i draws everything from seed + i (default: 0)")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -129,6 +132,7 @@ def job_from_arguments(argv: list[str]) -> tuple[argparse.Namespace, SamplingJob
         scheduler=args.scheduler,
         dtype=args.dtype,
         accelerations=dict(parse_acceleration(text) for text in args.accelerate),
+        start_image=StartImage.of_file(args.start_image) if args.start_image else None,
     )
     return args, job, None
 

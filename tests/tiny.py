@@ -4,11 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from dit_suite.pipelines.pipeline_text_to_image import TextToImagePipeline
+from dit_suite.pipelines.pipeline_text_to_video import TextToVideoPipeline
 
 WORDS = ("red", "green", "blue", "apple", "sun", "cat", "flat", "style", ",")
 
@@ -94,3 +100,28 @@ def save_tiny(folder: Path, **changes: Any) -> Path:
     """A saved `tiny_text_to_image`."""
     tiny_text_to_image(**changes).save_pretrained(folder)
     return folder
+
+
+def tiny_text_to_video(in_channels: int = 3) -> TextToVideoPipeline:
+    """A complete text-to-video pipeline in pixel space, 4 frames of 8x8; 7 input channels take a start image."""
+    torch.manual_seed(4)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=in_channels,
+        out_channels=3,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    return TextToVideoPipeline(
+        transformer.eval(),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        tiny_text_encoder(),
+        tiny_tokenizer(),
+        sample_size=(4, 8, 8),
+        max_sequence_length=8,
+    )

@@ -4,8 +4,10 @@ A table names, for every (batch, head, query block), the key blocks that block m
 `block_size` consecutive tokens; the last one may be shorter. Softmax runs over the listed keys only (renormalised).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -116,6 +118,7 @@ def _check(
     table: torch.Tensor,
     counts: torch.Tensor,
     block_size: int,
+    order: torch.Tensor | None,
 ) -> None:
     if query.ndim != 4 or key.shape != value.shape or query.shape[:2] != key.shape[:2]:
         raise ValueError(
@@ -124,6 +127,11 @@ def _check(
         )
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}")
+    if order is not None and (tuple(order.shape) != query.shape[2:3] or query.shape[2] != key.shape[2]):
+        raise ValueError(
+            f"order must name each of the {query.shape[2]} tokens of query and key once, got {tuple(order.shape)} for "
+            f"{key.shape[2]} keys"
+        )
     rows = (*query.shape[:2], block_count(query.shape[2], block_size))
     if tuple(table.shape[:-1]) != rows or tuple(counts.shape) != rows:
         raise ValueError(
@@ -146,6 +154,7 @@ def block_sparse_attention(
     backend: str = "auto",
     return_lse: bool = False,
     counter: WorkCounter | None = None,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query block to the key blocks its row of the table lists.
 
@@ -160,23 +169,40 @@ def block_sparse_attention(
         backend: "auto", "flash4", "flex", "grouped" or "dense_mask".
         return_lse: also return the log-sum-exp of each row, `(batch, heads, q_len)` in float32.
         counter: adds this call's work, and the backend that ran it.
+        order: int64 `(seq,)`: blocks are consecutive tokens of this order (a permutation, for queries and keys alike)
+            instead of the tensors' own. Results come back in the tensors' order.
 
     Gradients flow to query, key and value with "grouped" and "dense_mask", and with "flex" on CUDA.
 
     Raises:
         ValueError: shapes disagree, or a backend was named that cannot run these tensors (the sentence says why).
     """
-    _check(query, key, value, block_table, block_counts, block_size)
+    _check(query, key, value, block_table, block_counts, block_size, order)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     name = choose_backend(query, key, block_size).name if backend == "auto" else backend
     runner = _runner(name, query, key, block_size, explicit=backend != "auto")
-    output, lse = runner(query, key, value, block_table, block_counts, block_size, scale, return_lse)
+    output, lse = _ordered(runner, order)(query, key, value, block_table, block_counts, block_size, scale, return_lse)
     if counter is not None:
         counter.calls += 1
         counter.backend = name
         counter.pairs += count_pairs(block_table, block_counts, query.shape[2], key.shape[2], block_size)
         counter.dense_pairs += query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
     return (output, lse) if return_lse else output
+
+
+def _ordered(runner: Callable, order: torch.Tensor | None) -> Callable:
+    """A backend whose blocks are counted in `order`; the grouped gather reads tokens in any order by itself."""
+    if order is None:
+        return runner
+    if runner is grouped_attention:
+        return functools.partial(runner, order=order)
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any) -> tuple:
+        output, lse = runner(*(t.index_select(2, order) for t in (query, key, value)), *args)
+        back = order.argsort()
+        return output.index_select(2, back), None if lse is None else lse.index_select(2, back)
+
+    return run
 
 
 def _runner(name: str, query: torch.Tensor, key: torch.Tensor, block_size: int, explicit: bool) -> Callable:

@@ -1,4 +1,4 @@
-"""Where a model's self-attention keeps its video and its text: one row per diffusers class.
+"""Where a model's self-attention keeps its video and its text: one row per class of diffusers or of this suite.
 
 A row names the self-attention modules (a pattern on their module paths), where text stands in the sequence, and how to
 read the token grid from the arguments of the model's forward. Anything not listed here stays dense.
@@ -49,7 +49,7 @@ class LayoutRule:
     Attributes:
         layers: pattern that the path of every self-attention module matches in full.
         text: where text stands in their sequences.
-        grid: reads the token grid from (model config, forward arguments by name); None if it can't be told.
+        grid: reads the token grid from (model, forward arguments by name); None if it can't be told.
     """
 
     layers: str
@@ -71,23 +71,23 @@ def _patch(config: Any, default_depth: int = 1) -> tuple[int, int, int]:
 def _grid_of_video(frame_dim: int) -> Callable[[Any, Mapping[str, Any]], Grid | None]:
     """Grid of a model that gets a 5-D tensor with its frames in dimension `frame_dim`, rows and columns last."""
 
-    def read(config: Any, given: Mapping[str, Any]) -> Grid | None:
+    def read(model: Any, given: Mapping[str, Any]) -> Grid | None:
         latents = given.get("hidden_states")
         if not isinstance(latents, torch.Tensor) or latents.ndim != 5:
             return None
-        depth, height, width = _patch(config)
+        depth, height, width = _patch(model.config)
         return latents.shape[frame_dim] // depth, latents.shape[3] // height, latents.shape[4] // width
 
     return read
 
 
-def _grid_of_sizes(config: Any, given: Mapping[str, Any]) -> Grid | None:
+def _grid_of_sizes(model: Any, given: Mapping[str, Any]) -> Grid | None:
     """Grid of a model that gets packed tokens and their sizes as arguments (LTX)."""
     sizes = tuple(given.get(name) for name in ("num_frames", "height", "width"))
     return None if None in sizes else sizes
 
 
-def _grid_of_ids(config: Any, given: Mapping[str, Any]) -> Grid | None:
+def _grid_of_ids(model: Any, given: Mapping[str, Any]) -> Grid | None:
     """Grid of a model that gets a row and a column number for every picture token (Flux)."""
     ids = given.get("img_ids")
     if not isinstance(ids, torch.Tensor):
@@ -96,7 +96,31 @@ def _grid_of_ids(config: Any, given: Mapping[str, Any]) -> Grid | None:
     return 1, rows, columns
 
 
+def _grid_of_picture(model: Any, given: Mapping[str, Any]) -> Grid | None:
+    """Grid of a model that gets a 4-D tensor: one frame."""
+    latents = given.get("hidden_states")
+    if not isinstance(latents, torch.Tensor) or latents.ndim != 4:
+        return None
+    _, height, width = _patch(model.config)
+    return 1, latents.shape[2] // height, latents.shape[3] // width
+
+
+def _grid_of_proxies(model: Any, given: Mapping[str, Any]) -> Grid | None:
+    """Grid of PT-DiT's proxy tokens, one for each window; None where windows have several proxies."""
+    latents = given.get("hidden_states")
+    if not isinstance(latents, torch.Tensor) or latents.ndim not in (4, 5):
+        return None
+    _, height, width = _patch(model.config)
+    frames = latents.shape[2] if latents.ndim == 5 else 1
+    grid = (frames, latents.shape[-2] // height, latents.shape[-1] // width)
+    window, proxy_window, _ = model.resolve_windows(grid, given.get("compress_ratios"))
+    if window != proxy_window:
+        return None
+    return tuple(size // ratio for size, ratio in zip(grid, window, strict=True))
+
+
 _WAN = LayoutRule(r"blocks\.\d+\.attn1", "none", _grid_of_video(2))
+_DIT = LayoutRule(r"transformer_blocks\.\d+\.attn", "none", _grid_of_picture)
 
 LAYOUTS: Mapping[str, LayoutRule] = {
     "WanTransformer3DModel": _WAN,
@@ -107,6 +131,10 @@ LAYOUTS: Mapping[str, LayoutRule] = {
     "CogVideoXTransformer3DModel": LayoutRule(r"transformer_blocks\.\d+\.attn1", "first", _grid_of_video(1)),
     "MochiTransformer3DModel": LayoutRule(r"transformer_blocks\.\d+\.attn1", "last", _grid_of_video(2)),
     "FluxTransformer2DModel": LayoutRule(r"(single_)?transformer_blocks\.\d+\.attn", "first", _grid_of_ids),
+    "PixArtTransformer2DModel": LayoutRule(r"transformer_blocks\.\d+\.attn1", "none", _grid_of_picture),
+    "DiTModel": _DIT,
+    "SwitchDiTTransformer2DModel": _DIT,
+    "PTDiTTransformer3DModel": LayoutRule(r"transformer_blocks\.\d+\.proxy_attn1", "none", _grid_of_proxies),
 }
 
 
@@ -123,5 +151,5 @@ def forward_arguments(model: torch.nn.Module, args: tuple, kwargs: Mapping[str, 
 
 def read_layout(model: torch.nn.Module, rule: LayoutRule, args: tuple, kwargs: Mapping[str, Any]) -> TokenLayout | None:
     """The layout of one forward pass, or None where the arguments do not tell."""
-    grid = rule.grid(model.config, forward_arguments(model, args, kwargs))
+    grid = rule.grid(model, forward_arguments(model, args, kwargs))
     return None if grid is None or min(grid) < 1 else TokenLayout(grid, rule.text)

@@ -52,7 +52,7 @@ class AdaSpaMethod:
 
     name = "AdaSpa"
     trainable = False
-    smallest: ClassVar[Mapping[str, int]] = {"cuda": 16384, "elsewhere": 1024}
+    smallest: ClassVar[Mapping[str, int]] = {"cuda": 16384, "elsewhere": 2048}
 
     def __init__(self, config: AdaSpaConfig) -> None:
         self.config = config
@@ -126,10 +126,6 @@ class AdaSpaMethod:
         tile = self.config.tile or auto_tile(call.layout.grid, self._block_size(call))
         return partition_on(call.layout.grid, tuple(tile), call.query.device)
 
-    def _video_in_order(self, call: AttentionCall) -> tuple[list[torch.Tensor], Partition | None]:
-        order = self._order(call)
-        return [t if order is None else order.permute(t, 2) for t in call.video()], order
-
     def _fused(self, call: AttentionCall, state: LayerState, report: LayerReport) -> torch.Tensor:
         """Dense output; its log-sum-exp is cached and the first table is made."""
         report.fused_searches += 1
@@ -143,21 +139,13 @@ class AdaSpaMethod:
             if call.text_tokens:
                 lse = torch.logaddexp(lse, call.text_part[1])
         state.lse = lse.to(adaspa.LSE_DTYPES[self.config.lse_dtype])
-        (query, key, _), order = self._video_in_order(call)
-        self._search(call, state, report, query, key, order)
+        self._search(call, state, report, self._order(call))
         return out
 
-    def _search(
-        self,
-        call: AttentionCall,
-        state: LayerState,
-        report: LayerReport,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        order: Partition | None,
-    ) -> None:
-        _synchronize(query.device)
+    def _search(self, call: AttentionCall, state: LayerState, report: LayerReport, order: Partition | None) -> None:
+        _synchronize(call.query.device)
         start = time.perf_counter()
+        query, key = (t if order is None else order.permute(t, 2) for t in call.video()[:2])
         lse = state.lse.float()
         kept_apart = None
         if call.text_tokens:
@@ -187,11 +175,12 @@ class AdaSpaMethod:
         )
 
     def _sparse(self, call: AttentionCall, state: LayerState, report: LayerReport, search: bool) -> torch.Tensor:
-        (query, key, value), order = self._video_in_order(call)
+        order = self._order(call)
         if search:
             report.cached_searches += 1
-            self._search(call, state, report, query, key, order)
+            self._search(call, state, report, order)
         report.sparse_calls += 1
+        query, key, value = call.video()
         result, block = state.result, self._block_size(call)
         report.backend = self.config.backend
         if report.backend == "auto":
@@ -206,11 +195,9 @@ class AdaSpaMethod:
             scale=call.scale,
             backend=report.backend,
             return_lse=call.text_tokens > 0,
+            order=None if order is None else order.order,
         )
         out, lse = out if call.text_tokens else (out, None)
-        if order is not None:
-            out = order.restore(out, 2)
-            lse = None if lse is None else order.restore(lse, 2)
         return call.join(out, lse)
 
     def stats(self) -> dict[str, Any]:
@@ -247,7 +234,7 @@ class VMoBAMethod:
 
     name = "VMoBA"
     trainable = True
-    smallest: ClassVar[Mapping[str, int]] = {"cuda": 16384, "elsewhere": 2048}
+    smallest: ClassVar[Mapping[str, int]] = {"cuda": 16384, "elsewhere": 4096}
 
     def __init__(self, config: VMoBAConfig) -> None:
         self.config = config

@@ -63,7 +63,14 @@ class LayerSupport:
 def self_attention_layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """Path and module of every self-attention over the video tokens, in the order in which layers are numbered."""
     rule = rule_for(model)
-    return [] if rule is None else [(name, m) for name, m in model.named_modules() if rule.matches(name)]
+    if rule is None:
+        return []
+    return [(name, m) for name, m in model.named_modules() if rule.matches(name) and _is_attention(m)]
+
+
+def _is_attention(module: torch.nn.Module) -> bool:
+    """Not so where a graft put another operator into an attention's place."""
+    return hasattr(module, "processor") and hasattr(module, "to_q")
 
 
 def supported(model: torch.nn.Module) -> list[LayerSupport]:
@@ -76,7 +83,7 @@ def supported(model: torch.nn.Module) -> list[LayerSupport]:
     for transformer in _transformers(model):
         rule = rule_for(transformer)
         for name, module in transformer.named_modules():
-            if not hasattr(module, "processor") or not hasattr(module, "to_q"):
+            if not _is_attention(module):
                 continue
             if rule is None:
                 reason = f"the token layout of {type(transformer).__name__} is not known"

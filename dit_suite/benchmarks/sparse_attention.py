@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
     parser.add_argument("--part", choices=("all", *PARTS), default="all")
     parser.add_argument("--model", default="emoji-wan-16x64", help="a text-to-video checkpoint for --part bundle")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --model")
     parser.add_argument("--prompts", nargs="+", default=["red heart", "grinning face"])
     parser.add_argument("--num-inference-steps", type=int, default=30)
     parser.add_argument("--guidance-scale", type=float, default=4.0)

@@ -15,7 +15,8 @@ _TIMINGS = ("step_speedup", "step_cpu_speedup", "dense_step_s", "search_s_per_la
 def _load(args: argparse.Namespace) -> Any:
     from dit_suite.checkpoints import load_pipeline
 
-    pipe = load_pipeline(args.model, device="cuda" if torch.cuda.is_available() else None)
+    device = "cuda" if torch.cuda.is_available() else None
+    pipe = load_pipeline(args.model, dtype=getattr(torch, args.dtype), device=device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -41,7 +41,8 @@ class Probe:
         return out
 
     def _block_recall(self, call: AttentionCall, state: LayerState) -> float:
-        (query, key, value), _ = self._method._video_in_order(call)
+        order = self._method._order(call)
+        query, key, value = (t if order is None else order.permute(t, 2) for t in call.video())
         lse = attention_with_lse(query, key, value, call.scale)[1]
         mass = block_mass(query, key, lse, self._method._block_size(call), scale=call.scale)
         return float(recall(mass, state.result.table, state.result.counts).mean())
@@ -67,7 +68,13 @@ def _clip(pipe: Any, prompt: str, args: argparse.Namespace) -> tuple[torch.Tenso
 
 
 def _clip_key(args: argparse.Namespace, prompt: str, name: str, setting: str) -> dict[str, Any]:
-    facts = {"model": args.model, "prompt": prompt, "seed": args.seed, "steps": args.num_inference_steps}
+    facts = {
+        "model": args.model,
+        "dtype": args.dtype,
+        "prompt": prompt,
+        "seed": args.seed,
+        "steps": args.num_inference_steps,
+    }
     return facts | {"guidance_scale": args.guidance_scale, "method": name, "setting": setting}
 
 

@@ -2,7 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,20 +18,29 @@ from dit_suite.attention.partition import Grid, partition_on
 from dit_suite.attention.vmoba import KINDS, VMoBAConfig, select, vmoba_attention
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """(wall, CPU) seconds of every run; the runs take turns, and one untimed turn warms up."""
+def interleaved(
+    runs: dict[str, Callable[[], Any]],
+    repeats: int,
+    around: Mapping[str, Callable[[], AbstractContextManager]] = MappingProxyType({}),
+) -> dict[str, list[tuple[float, float]]]:
+    """(wall, CPU) seconds of every run; the runs take turns, and one untimed turn warms up.
+
+    What `around` names for a run is entered around it and not timed.
+    """
     cuda = torch.cuda.is_available()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
-            if cuda:
-                torch.cuda.synchronize()
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
-            if cuda:
-                torch.cuda.synchronize()
+            with around.get(name, nullcontext)():
+                if cuda:
+                    torch.cuda.synchronize()
+                wall, cpu = time.perf_counter(), time.process_time()
+                run()
+                if cuda:
+                    torch.cuda.synchronize()
+                taken = time.perf_counter() - wall, time.process_time() - cpu
             if turn:
-                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+                times[name].append(taken)
     return times
 
 

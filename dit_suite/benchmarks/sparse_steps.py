@@ -1,8 +1,10 @@
 """Single network passes of a trained video model, dense and with each method, timed in turn."""
 
 import argparse
+import functools
 import math
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +41,8 @@ def time_steps(
     """Times one network pass at the middle of a run, dense and with each method, in turn; fills `row.facts`.
 
     The input is half-way noise of `size` (frames, height, width; default: the checkpoint's); every method searches (or
-    builds its table) on that same input first. The gain of a run assumes the default schedule of searches.
+    builds its table) on that same input first. A turn is one dense pass and one of each method. The gain of a run
+    assumes the default schedule of searches.
     """
     device, network = pipe.device, pipe.transformer
     generator = torch.Generator().manual_seed(args.seed)
@@ -51,31 +54,33 @@ def time_steps(
     }
     steps = args.num_inference_steps
     middle, first = steps // 2, AdaSpaConfig().searches(steps)[0]
-    dense_run = Run()
 
     def forward(index: int, key: Run) -> None:
         with publish_step(StepContext(index, steps, 600.0, "cond", run=key)):
             network(**given, return_dict=False)
 
+    runs: dict[str, Callable[[], None]] = {"dense": functools.partial(forward, middle, Run())}
+    around: dict[str, Callable[[], Any]] = {}
+    found = []
     for row in rows:
-        method = row.build()
-        key = Run()
-
-        def sparse(method: Any = method, key: Run = key) -> None:
-            with SparseAttentionHandle(pipe, method, keep_state=True):
-                forward(middle, key)
-
+        method, key = row.build(), Run()
         with SparseAttentionHandle(pipe, method, keep_state=True) as handle:
             forward(first, key)
             layers = handle.stats()["layers"]
         search = statistics.median(layer.get("search_seconds", 0.0) for layer in layers)
-        times = interleaved({"dense": lambda: forward(middle, dense_run), "sparse": sparse}, args.repeats)
-        dense, gain = statistics.median(t[0] for t in times["dense"]), median_ratio(times["dense"], times["sparse"], 0)
+        found.append((method, len(layers), search))
+        runs[f"{row.name} {row.setting}"] = functools.partial(forward, middle, key)
+        around[f"{row.name} {row.setting}"] = functools.partial(SparseAttentionHandle, pipe, method, keep_state=True)
+    times = interleaved(runs, args.repeats, around)
+    dense = statistics.median(t[0] for t in times["dense"])
+    for row, (method, layers, search) in zip(rows, found, strict=True):
+        taken = times[f"{row.name} {row.setting}"]
+        gain = median_ratio(times["dense"], taken, 0)
         row.facts |= {
             "step_speedup": gain,
-            "step_cpu_speedup": median_ratio(times["dense"], times["sparse"], 1),
+            "step_cpu_speedup": median_ratio(times["dense"], taken, 1),
             "dense_step_s": dense,
             "search_s_per_layer": search or None,
         }
-        row.facts |= run_facts(method, steps, len(layers), dense, gain, search)
-        print(f"step, {row.name}, {row.setting}: {row.facts['step_speedup']:.2f}x", flush=True)
+        row.facts |= run_facts(method, steps, layers, dense, gain, search)
+        print(f"step, {row.name}, {row.setting}: {gain:.2f}x", flush=True)

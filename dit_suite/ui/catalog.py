@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dit_suite.checkpoints import bundled_index, find_checkpoint
@@ -10,16 +11,27 @@ from dit_suite.registry import TECHNIQUES, Technique
 
 @dataclass(frozen=True)
 class Offer:
-    """One checkpoint on offer: its name, technique, and label names for class-conditional models."""
+    """One checkpoint on offer: its name, technique, label names for class-conditional models, and whether clips start
+    with a given picture."""
 
     name: str
     technique: Technique
     labels: tuple[str, ...]
+    takes_start_image: bool = False
 
 
 def _labels(model_index: dict[str, Any]) -> tuple[str, ...]:
     table = model_index.get("id2label") or {}
     return tuple(table[key] for key in sorted(table, key=int))
+
+
+def _takes_start_image(folder: Path, technique: Technique) -> bool:
+    """Told from the network's config: a video network that reads more channels than it predicts."""
+    path = folder / "transformer" / "config.json"
+    if technique.task != "text-to-video" or not path.is_file():
+        return False
+    config = json.loads(path.read_text("utf-8"))
+    return config["in_channels"] > (config.get("out_channels") or config["in_channels"])
 
 
 def offers(extra: tuple[str, ...] = ()) -> list[Offer]:
@@ -39,5 +51,6 @@ def offers(extra: tuple[str, ...] = ()) -> list[Offer]:
                 raise
             continue
         model_index = json.loads((checkpoint.folder / "model_index.json").read_text("utf-8"))
-        found.append(Offer(name, checkpoint.technique, _labels(model_index)))
+        starts = _takes_start_image(checkpoint.folder, checkpoint.technique)
+        found.append(Offer(name, checkpoint.technique, _labels(model_index), starts))
     return found

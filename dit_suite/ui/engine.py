@@ -6,6 +6,7 @@ any time, which stops the run at the next step and keeps what is finished.
 
 import queue
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,12 +18,13 @@ import numpy as np
 from PIL import Image
 
 from dit_suite.checkpoints import find_checkpoint
-from dit_suite.metadata import write_png
+from dit_suite.metadata import write_atomically, write_png
 from dit_suite.options import Options
-from dit_suite.sampling import SamplingJob, open_job, sample_batch, sample_record
+from dit_suite.sampling import SamplingJob, StartImage, open_job, sample_batch, sample_record
 from dit_suite.ui.settings import Limits
 
 PREVIEW_SECONDS = 0.4
+START_IMAGES = "start_images"
 HEARTBEAT_SECONDS = 0.5
 
 
@@ -118,7 +120,13 @@ def check_limits(job: SamplingJob, count: int, limits: Limits) -> None:
 
 
 def make_job(
-    model: str, condition: Any, options: Options, seed: int, scheduler: str | None = None, accelerations: Any = None
+    model: str,
+    condition: Any,
+    options: Options,
+    seed: int,
+    scheduler: str | None = None,
+    accelerations: Any = None,
+    start_image: StartImage | None = None,
 ) -> SamplingJob:
     """A job of single samples on a checkpoint by name."""
     checkpoint = find_checkpoint(model)
@@ -132,6 +140,7 @@ def make_job(
         batch_size=1,
         scheduler=scheduler,
         accelerations=accelerations or {},
+        start_image=start_image,
     )
 
 
@@ -155,12 +164,21 @@ class Engine:
     def _pipeline(self, job: SamplingJob) -> Any:
         """The job's pipeline; another one is dropped first, so that one model at most is in memory."""
         key = (job.model, job.weights_sha256, job.scheduler, job.dtype, repr(sorted(job.accelerations.items())))
+        key += (job.start_image is None,)  # `open_job` refuses a model that can't do with or without one
         if self._opened is None or self._opened[0] != key:
             self._opened = None
             pipe = open_job(job, device=self.device)
             pipe.set_progress_bar_config(disable=True)
             self._opened = (key, pipe)
         return self._opened[1]
+
+    def keep_start_image(self, upload: str | Path) -> StartImage:
+        """A copy of an uploaded picture beside what is made from it, so that it can be made again."""
+        found = StartImage.of_file(upload)
+        kept = self.output / START_IMAGES / f"{found.sha256[:16]}{Path(upload).suffix}"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, lambda temporary: shutil.copyfile(upload, temporary))
+        return StartImage(str(kept), found.sha256)
 
     def _path(self, job: SamplingJob, index: int) -> Path:
         folder = self.output / time.strftime("%Y-%m-%d")

@@ -54,7 +54,9 @@ class GenerateTab:
             found += [switch, *controls]
         return found
 
-    def parse(self, model: str, prompt: str, label: Any, seed: Any, scheduler: str, values: list[Any]) -> SamplingJob:
+    def parse(
+        self, model: str, prompt: str, label: Any, seed: Any, scheduler: str, start_image: str | None, values: list[Any]
+    ) -> SamplingJob:
         """The job that the controls describe; `ValueError` for anything out of range."""
         if model not in self.offers:
             raise ValueError(f"model must be one of {', '.join(self.offers)}, got {model!r}")
@@ -73,7 +75,12 @@ class GenerateTab:
                 accelerations[row.name] = options_from_values(row.config_class(), chosen)
         condition = self._condition(offer, prompt, label)
         chosen_scheduler = None if scheduler in ("", None, "default") else scheduler
-        return make_job(model, condition, options, resolve_seed(seed), chosen_scheduler, accelerations)
+        start = None
+        if offer.takes_start_image:
+            if not start_image:
+                raise ValueError("this model needs a start image: choose one first")
+            start = self.engine.keep_start_image(start_image)
+        return make_job(model, condition, options, resolve_seed(seed), chosen_scheduler, accelerations, start)
 
     @staticmethod
     def _condition(offer: Offer, prompt: str, label: Any) -> Any:
@@ -86,15 +93,15 @@ class GenerateTab:
         return int(label) if str(label).isdigit() else label
 
     def generate(
-        self, model: str, prompt: str, label: Any, seed: Any, count: Any, scheduler: str, *values: Any,
-        request: gr.Request, progress: gr.Progress,
+        self, model: str, prompt: str, label: Any, seed: Any, count: Any, scheduler: str, start_image: str | None,
+        *values: Any, request: gr.Request, progress: gr.Progress,
     ) -> Iterator[tuple]:  # fmt: skip
         """Yields (gallery, preview, status, seed) while the samples are made."""
         stop = StopFlag()
         self.stops[request.session_hash] = stop
         paths: list[str] = []
         try:
-            job = self.parse(model, prompt, label, seed, scheduler, list(values))
+            job = self.parse(model, prompt, label, seed, scheduler, start_image, list(values))
             yield gr.skip(), None, "Opening the model ...", job.seed
             for event in self.engine.run(job, int(count), stop):
                 if isinstance(event, Finished):
@@ -126,13 +133,15 @@ class GenerateTab:
 
     def load_settings(self, path: str | None) -> list[Any]:
         """What the controls must show to make the sample in this file again."""
-        blank = [gr.skip()] * (6 + len(self.all_controls()) + 1)
+        blank = [gr.skip()] * (7 + len(self.all_controls()) + 1)
         if path is None:
             return blank
         try:
             record = read_any_record(Path(path))
             job, indices = job_of_record(record)
             job = single_job(job, record["index"])
+            if job.start_image is not None:
+                job.start_image.open()
             if job.model not in self.offers:
                 raise ValueError(f"the file was made with {job.model}, which is not offered here")
         except (ValueError, KeyError) as error:
@@ -145,6 +154,7 @@ class GenerateTab:
             job.seed,
             1,
             job.scheduler or "default",
+            job.start_image.path if job.start_image else None,
         ]
         for cls in self.option_classes:
             same = cls is type(job.options)
@@ -186,6 +196,10 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
             label = gr.Dropdown(
                 list(first.labels), label="Class", visible=not uses_text, allow_custom_value=True,
                 value=first.labels[0] if first.labels else None, elem_id=f"{media}-label",
+            )  # fmt: skip
+            start_image = gr.Image(
+                label="Start image: the first frame", type="filepath", height=160, sources=["upload", "clipboard"],
+                visible=first.takes_start_image, elem_id=f"{media}-start-image",
             )  # fmt: skip
             with gr.Row():
                 seed = gr.Number(
@@ -230,7 +244,8 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
         text = offer.technique.options_class().condition == "prompt"
         labels = gr.update(choices=list(offer.labels), value=next(iter(offer.labels), None), visible=not text)
         shown = [gr.update(visible=cls is offer.technique.options_class()) for cls in tab.option_classes]
-        return [gr.update(visible=text), gr.update(visible=text), labels, *shown]
+        start = gr.update(visible=offer.takes_start_image)
+        return [gr.update(visible=text), gr.update(visible=text), labels, start, *shown]
 
     def on_generate(
         request: gr.Request,
@@ -239,8 +254,8 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
     ) -> Iterator[tuple]:
         yield from tab.generate(*values, request=request, progress=progress)
 
-    inputs = [model, prompt, label, seed, count, scheduler, *tab.all_controls()]
-    shown = [prompt, examples.dataset, label, *groups.values()]
+    inputs = [model, prompt, label, seed, count, scheduler, start_image, *tab.all_controls()]
+    shown = [prompt, examples.dataset, label, start_image, *groups.values()]
     model.change(on_model, [model], shown, api_visibility="private", queue=False)
     gr.on(
         [button.click, prompt.submit], on_generate, inputs, [results, preview, status, used],

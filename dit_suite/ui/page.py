@@ -9,7 +9,7 @@ import dit_suite
 from dit_suite.ui.catalog import offers
 from dit_suite.ui.compare_tab import build_compare_endpoint, build_compare_tab, comparable
 from dit_suite.ui.endpoints import build_endpoints
-from dit_suite.ui.engine import Engine
+from dit_suite.ui.engine import START_IMAGES, Engine
 from dit_suite.ui.generate_tab import build_generate_tab
 from dit_suite.ui.play_tab import PlayContext, build_play_tab
 from dit_suite.ui.settings import ServerSettings
@@ -24,6 +24,7 @@ STYLE = """
 def history(output: Path) -> list[str]:
     """The newest files of the output folder."""
     files = [p for p in output.rglob("*") if p.suffix in (".png", ".mp4") and not p.name.startswith(".")]
+    files = [p for p in files if p.parent.name != START_IMAGES]
     return [str(p) for p in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True)[:HISTORY]]
 
 

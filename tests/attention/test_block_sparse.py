@@ -87,6 +87,35 @@ def test_full_table_equals_dense_and_one_block_does_not():
     assert (sparse - dense).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("length", [64, 70])
+@pytest.mark.parametrize("backend", ["grouped", "dense_mask"])
+@pytest.mark.parametrize("heads_inside", [True, False])
+def test_blocks_of_another_order_equal_permuting_by_hand(length, backend, heads_inside):
+    """Whatever the memory layout, with a gradient or without."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(5))
+    plain = _tensors(2, 3, length, length, 8)
+    table, counts, mask = _random_table(2, 3, length, length, 16, 0.5, empty_row=True)
+    table, counts = table_from_mask(mask)
+    expected, expected_lse = _oracle(*(t[:, :, order] for t in plain), mask, 16, 8**-0.5)
+    tensors = [t.transpose(1, 2).contiguous().transpose(1, 2) if heads_inside else t for t in plain]
+    for needs_grad in (False, True):
+        given = [t.clone().requires_grad_(needs_grad) for t in tensors]
+        assert given[0].is_contiguous() != heads_inside
+        out, lse = block_sparse_attention(*given, table, counts, 16, backend=backend, order=order, return_lse=True)
+        assert (out[:, :, order] - expected).abs().max() < 2e-6
+        finite = expected_lse.isfinite()
+        assert not finite.all()
+        assert (lse[:, :, order] - expected_lse)[finite].abs().max() < 2e-6
+        assert lse[:, :, order][~finite].isinf().all()
+
+
+def test_an_order_that_is_not_one_number_per_token_is_refused():
+    query, key, value = _tensors(1, 1, 32, 32, 8)
+    table, counts, _ = _random_table(1, 1, 32, 32, 16, 0.5)
+    with pytest.raises(ValueError, match="order must name each of the 32 tokens"):
+        block_sparse_attention(query, key, value, table, counts, 16, order=torch.arange(16))
+
+
 def test_table_and_mask_are_inverse():
     table, counts, mask = _random_table(2, 2, 90, 130, 16, 0.3, empty_row=True)
     assert torch.equal(mask_from_table(table, counts, mask.shape[-1]), mask)

@@ -263,7 +263,7 @@ def test_reasons_to_stay_dense_are_counted_and_warned_once():
     model, given = build("wan"), tiny_models.wan_inputs()
     dense = forward(model, given)
     for config, reason in (
-        (AdaSpaConfig(), "64 video tokens are fewer than 1024"),
+        (AdaSpaConfig(), "64 video tokens are fewer than 2048"),
         (AdaSpaConfig(min_tokens=0), "the number of steps is unknown"),
     ):
         with apply_adaspa(model, config) as handle, pytest.warns(RuntimeWarning, match=reason) as caught:
@@ -288,8 +288,8 @@ def test_a_density_that_saves_nothing_on_a_cpu_is_said_once():
 
 def test_vmoba_pays_later_than_adaspa_on_a_cpu():
     cpu = torch.device("cpu")
-    assert smallest_useful(AdaSpaMethod(AdaSpaConfig()), cpu) == 1024
-    assert smallest_useful(VMoBAMethod(VMoBAConfig()), cpu) == 2048
+    assert smallest_useful(AdaSpaMethod(AdaSpaConfig()), cpu) == 2048
+    assert smallest_useful(VMoBAMethod(VMoBAConfig()), cpu) == 4096
     assert smallest_useful(VMoBAMethod(VMoBAConfig(min_tokens=7)), cpu) == 7
 
 

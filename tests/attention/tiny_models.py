@@ -1,4 +1,4 @@
-"""Tiny random transformers of diffusers, each with the arguments of one forward pass."""
+"""Tiny random transformers of diffusers and of this suite, each with the arguments of one forward pass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,10 @@ from typing import Any
 
 import diffusers
 import torch
+
+from dit_suite.models.dit import DiTModel
+from dit_suite.models.pt_dit import PTDiTTransformer3DModel
+from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,76 @@ def flux_inputs(batch=1):
     }
 
 
+def pixart():
+    return diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        cross_attention_dim=16,
+        sample_size=16,
+        caption_channels=16,
+        norm_num_groups=1,
+    )
+
+
+def dit():
+    return DiTModel(
+        sample_size=16, in_channels=4, num_layers=3, num_attention_heads=2, attention_head_dim=8, num_classes=5
+    )
+
+
+def switch_dit():
+    return SwitchDiTTransformer2DModel(
+        sample_size=16, in_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_classes=5
+    )
+
+
+def pt_dit():
+    return PTDiTTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        caption_channels=16,
+        compress_ratios=(1, 2, 2),
+        time_share=0.25,
+    )
+
+
+def picture_inputs(batch=1):
+    return {
+        "hidden_states": _rand(batch, 4, 16, 16),
+        "class_labels": torch.arange(batch) % 5,
+        "timestep": torch.full((batch,), 500.0),
+    }
+
+
+def captioned_picture_inputs(batch=1):
+    return {
+        "hidden_states": _rand(batch, 4, 16, 16),
+        "encoder_hidden_states": _rand(batch, 6, 16, seed=1),
+        "timestep": torch.full((batch,), 500.0),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def pt_dit_inputs(batch=1):
+    return {
+        "hidden_states": _rand(batch, 4, 4, 16, 16),
+        "encoder_hidden_states": _rand(batch, 6, 16, seed=1),
+        "timestep": torch.full((batch,), 500.0),
+    }
+
+
+OWN_CASES = {
+    "pixart": Case(pixart, captioned_picture_inputs, (1, 8, 8), 2, "module"),
+    "dit": Case(dit, picture_inputs, (1, 8, 8), 3, "dispatcher"),
+    "switch_dit": Case(switch_dit, picture_inputs, (1, 8, 8), 2, "dispatcher"),
+    "pt_dit": Case(pt_dit, pt_dit_inputs, (4, 4, 4), 2, "dispatcher"),
+}
 CASES = {
     "wan": Case(wan, wan_inputs, (4, 4, 4), 3, "dispatcher"),
     "hunyuan": Case(hunyuan, hunyuan_inputs, (4, 4, 4), 3, "dispatcher"),
@@ -196,7 +270,7 @@ CASES = {
 def build(name: str) -> torch.nn.Module:
     """The model of a case, in eval mode, with attention sharp enough that dropping blocks shows."""
     torch.manual_seed(0)
-    model = CASES[name].build().eval()
+    model = (CASES | OWN_CASES)[name].build().eval()
     for path, parameter in model.named_parameters():
         if parameter.ndim == 2 and any(part in path for part in ("to_q", "to_k", "add_q", "add_k")):
             parameter.data.mul_(4.0)

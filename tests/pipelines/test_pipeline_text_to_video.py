@@ -180,6 +180,8 @@ def test_start_image_reaches_the_network():
     assert clip[0, :, 0, 0, 0].tolist() == [1, -1, -1]
     assert clip[:, :, 1:].abs().max() == 0
     assert np.abs(red - blue).max() > 1e-3
+    with pytest.raises(ValueError, match="needs a start image"):
+        _run(pipe)
 
 
 def test_second_network_takes_the_late_steps():

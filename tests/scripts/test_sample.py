@@ -14,8 +14,10 @@ import psutil
 import pytest
 from PIL import Image
 
+from dit_suite.metadata import read_record
+from dit_suite.video import read_video
 from scripts.sample import main
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_text_to_video
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROMPTS = ["red apple", "green cat", "blue sun"]
@@ -220,3 +222,43 @@ def test_clips_as_gif_with_frames(tmp_path):
 def test_frames_are_for_clips(model, tmp_path, capsys):
     assert main(arguments(model, tmp_path / "out", "--frames")) == 2
     assert "frames are written for clips" in capsys.readouterr().err
+
+
+def video_command(tmp_path, in_channels, *more):
+    tiny_text_to_video(in_channels).save_pretrained(tmp_path / "model")
+    command = ["--model", str(tmp_path / "model"), "--prompts", "red sun", "--num-inference-steps", "2"]
+    return [*command, "--device", "cpu", "--clip-format", "gif", "--output", str(tmp_path / "out"), *more]
+
+
+def test_a_start_image_decides_the_clip_and_is_part_of_its_metadata(tmp_path, capsys):
+    picture = tmp_path / "start.png"
+    clips = {}
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(picture)
+        output = ["--output", str(tmp_path / colour)]
+        assert main(video_command(tmp_path, 7, "--start-image", str(picture), *output)) == 0
+        clips[colour] = read_video(tmp_path / colour / "000000.gif")
+    assert not np.array_equal(clips["red"], clips["blue"])
+    blue = tmp_path / "blue" / "000000.gif"
+    expected = {"path": str(picture), "sha256": hashlib.sha256(picture.read_bytes()).hexdigest()}
+    assert read_record(blue)["start_image"] == expected
+    again = ["--output", str(tmp_path / "again"), "--device", "cpu", "--clip-format", "gif"]
+    assert main(["--from-image", str(blue), *again]) == 0
+    assert (tmp_path / "again" / "000000.gif").read_bytes() == blue.read_bytes()
+    assert main(["--from-image", str(tmp_path / "red" / "000000.gif"), *again]) == 2
+    assert "is not the file it was" in capsys.readouterr().err
+
+
+def test_a_start_image_that_does_not_fit_is_one_sentence(tmp_path, capsys):
+    picture, text = tmp_path / "start.png", tmp_path / "start.txt"
+    Image.new("RGB", (8, 8)).save(picture)
+    text.write_text("no picture")
+    for in_channels, more, message in (
+        (3, ["--start-image", str(picture)], "takes no start image"),
+        (7, [], "needs a start image"),
+        (7, ["--start-image", str(text)], "can't be read as a picture"),
+        (7, ["--start-image", str(tmp_path / "nowhere.png")], "nowhere.png can't be read: No such file"),
+    ):
+        assert main(video_command(tmp_path, in_channels, *more)) == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not (tmp_path / "out").exists()

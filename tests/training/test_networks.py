@@ -222,3 +222,18 @@ def test_sparse_attention_while_training_changes_the_loss_and_leaves_no_trace(tm
 
         assert load_pipeline(tmp_path / name / "checkpoint").transformer.config.num_layers == 2
     assert losses["dense"] != losses["sparse"] and abs(losses["dense"][0] - losses["sparse"][0]) < 1.0
+
+
+@pytest.mark.parametrize("case", ["dit-v", "switch-dit", "pixart"])
+def test_our_pictures_train_with_vmoba_too(tmp_path, case):
+    """`attention: vmoba` reaches the self-attention of networks other than Wan's: the curve is another one."""
+    sparse = {"topk": [1, 1, 1], "block_1d": 0.5, "block_2d": [1, 1], "block_3d": [1, 1, 2], "min_tokens": 1}
+    curves = {}
+    for name, attention in (("dense", "none"), ("sparse", {"name": "vmoba", "options": sparse})):
+        values = {**tiny_values(tmp_path / name, max_steps=3, batch_size=4), **CASES[case], "attention": attention}
+        if case == "pixart":
+            values["condition"] = {"states": str(_states(tmp_path / "captions.safetensors")), "max_length": 6}
+        Trainer(config_from_dict(values)).run()
+        curves[name] = [loss for _, loss, _ in curve(tmp_path / name)]
+    assert curves["dense"] != curves["sparse"]
+    assert all(abs(a - b) < 1.0 for a, b in zip(*curves.values(), strict=True))
