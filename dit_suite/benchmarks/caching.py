@@ -4,8 +4,9 @@ Every method makes the same pictures (same prompts, same noise) in turn, prompt 
 all of them alike; the first prompt warms up, counts FLOPs and tunes thresholds and is not timed. PSNR and SSIM are to
 the un-cached pictures; `speedup` is the median over prompts of the ratio of wall times, `cpu_speedup` of CPU times.
 
-`--fd-samples N` instead makes N pictures for held-out captions without a cache, with BAC, with fewer steps and with
-MagCache, and gives their FD and KID to the held-out pictures, with paired verdicts; it goes on where it was stopped.
+`--fd-samples N` instead makes N pictures for held-out captions without a cache, with BAC at its budgets and with both
+rules, with fewer steps and with MagCache, and gives their FD and KID to the held-out pictures, with paired verdicts; it
+goes on where it was stopped.
 """
 
 import argparse
@@ -318,8 +319,12 @@ def _distances(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     full, _ = bench.flops(contextlib.nullcontext, steps)
     target = args.flop_fractions[len(args.flop_fractions) // 2]
     fewer = max(1, int(target * steps))
-    bac = next(m for m in _bac_methods(bench, steps, [target]) if m.name == "BAC")
-    methods = {"none": Method("no cache", "", contextlib.nullcontext, steps), "bac": bac}
+    methods = {"none": Method("no cache", "", contextlib.nullcontext, steps)}
+    for method in _bac_methods(bench, steps, args.flop_fractions):
+        if method.name == "BAC":
+            methods[f"bac-{method.setting.split()[-1]}"] = method
+    plain = next(m for m in _bac_methods(bench, steps, [target]) if m.name == "BAC, plain sum of errors")
+    methods[f"bac-sum-{plain.setting.split()[-1]}"] = plain
     methods["fewer"] = Method("fewer steps", f"{fewer} steps", contextlib.nullcontext, fewer)
     if args.rivals == "all":
         threshold = _threshold(bench, steps, full, target, args.tuning_runs, held_out.output)
