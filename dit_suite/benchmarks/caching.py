@@ -294,7 +294,7 @@ def _draw(methods: list[Method], path: Path, fraction: float, rows: int = 4) -> 
 
 def _threshold(bench: Bench, steps: int, full: float, target: float, runs: int, folder: Path) -> float:
     """MagCache's threshold for the target, tuned once and kept with the pictures."""
-    path = folder / "magcache.json"
+    path = folder / "magcache-threshold.json"
     if not path.is_file():
         ratios = _mag_ratios(bench, steps)
         model = bench.pipe.transformer

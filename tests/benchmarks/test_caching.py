@@ -52,14 +52,15 @@ def test_side_by_side(run):
 
 def test_distances_go_on(run):
     call, folder = run
-    rows = call("--fd-samples 12 --batch-size 6 --rivals none")["rows"]
-    assert [row["method"] for row in rows] == ["no cache", "BAC", "fewer steps"]
-    assert rows[1]["kid_verdict"] and rows[0]["fd"] != rows[2]["fd"]
-    pictures = sorted((folder / "out/fd-6/bac").glob("*.png"))
+    rows = call("--fd-samples 12 --batch-size 6 --tuning-runs 1")["rows"]
+    names = ["no cache", "BAC", "BAC, plain sum of errors", "fewer steps", "MagCache (diffusers)"]
+    assert [row["method"] for row in rows] == names
+    assert rows[1]["kid_verdict"] and rows[0]["fd"] != rows[3]["fd"]
+    pictures = sorted((folder / "out/fd-6").glob("bac-[0-9]*/*.png"))
     stamps = {path: path.stat().st_mtime_ns for path in pictures[6:]}
     kept = pictures[0].read_bytes()
     pictures[0].unlink()
-    assert call("--fd-samples 12 --batch-size 6 --rivals none")["rows"] == rows
+    assert call("--fd-samples 12 --batch-size 6 --tuning-runs 1")["rows"] == rows
     assert pictures[0].read_bytes() == kept and {p: p.stat().st_mtime_ns for p in pictures[6:]} == stamps
 
 
