@@ -4,7 +4,7 @@ The dense side is torch's cuDNN attention. `layer` rows time the attention of on
 a few full-width layers, so the embeddings weigh more than they do in the whole network.
 """
 
-import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +18,8 @@ from dit_suite.attention.block_sparse import block_sparse_attention, choose_back
 from dit_suite.attention.merge import attention_with_lse
 from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod
 from dit_suite.attention.plugin import SparseAttentionHandle, self_attention_layers
-from dit_suite.attention.vmoba import VMoBAConfig, vmoba_attention
-from dit_suite.benchmarks.sparse_kernels import interleaved, median_ratio, random_table
+from dit_suite.attention.vmoba import VMoBAConfig
+from dit_suite.benchmarks.sparse_kernels import interleaved, median_ratio, random_table, vmoba_runs
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 
 # Name, (frames, rows, columns) of tokens, heads; head_dim is 128 in both.
@@ -51,9 +51,9 @@ def _layer_rows(name: str, grid: tuple[int, int, int], heads: int, repeats: int)
         runs[f"adaspa {backend} density {density}"] = lambda t=table: block_sparse_attention(
             query, key, value, *t, _BLOCK
         )
-    config = VMoBAConfig.training_free(**(_PAPER_BLOCKS if grid == (21, 45, 80) else {}))
-    for layer, kind in enumerate(("1d", "2d", "3d")):
-        runs[f"vmoba {kind}"] = lambda i=layer: vmoba_attention(query, key, value, grid, config, i)
+    blocks = _PAPER_BLOCKS if grid == (21, 45, 80) else {}
+    for label, config in (("", VMoBAConfig.training_free(**blocks)), (" trained", VMoBAConfig.trained(**blocks))):
+        runs |= vmoba_runs(query, key, value, grid, config, label)
     times = interleaved(runs, repeats)
     return [
         {
@@ -93,14 +93,17 @@ def _model_rows(grid: tuple[int, int, int], layers: int, repeats: int) -> list[d
     }
     run = Run()
 
-    def forward(method: Any = None, index: int = 1) -> None:
-        scope = SparseAttentionHandle(model, method, keep_state=True) if method else contextlib.nullcontext()
-        with scope, publish_step(StepContext(index, 50, 600.0, "cond", run=run)):
+    def forward(index: int = 1) -> None:
+        with publish_step(StepContext(index, 50, 600.0, "cond", run=run)):
             model(**given, return_dict=False)
 
-    forward(methods["adaspa sparsity 0.8"], index=0)
-    runs = {"dense cuDNN": forward} | {name: lambda m=method: forward(m) for name, method in methods.items()}
-    times = interleaved(runs, repeats)
+    around = {
+        name: functools.partial(SparseAttentionHandle, model, method, keep_state=True)
+        for name, method in methods.items()
+    }
+    with around["adaspa sparsity 0.8"]():
+        forward(index=0)
+    times = interleaved({"dense cuDNN": forward} | dict.fromkeys(methods, forward), repeats, around)
     return [
         {
             "part": "gpu",

@@ -64,16 +64,16 @@ def cube_like(length: int) -> Grid:
     return min(grids, key=lambda grid: (max(grid) / min(grid), grid))
 
 
-def _vmoba_runs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """VMoBA's three kinds of layer, training-free, and what selection alone takes of each."""
-    config = VMoBAConfig.training_free()
-    grid = cube_like(query.shape[2])
+def vmoba_runs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, config: VMoBAConfig, label: str = ""
+) -> dict[str, Callable[[], Any]]:
+    """VMoBA's three kinds of layer, and what selection alone takes of each."""
     runs: dict[str, Callable[[], Any]] = {}
     for layer, kind in enumerate(KINDS):
         parts = partition_on(grid, config.block(grid, kind), query.device)
         in_order = [parts.permute(t, 2) for t in (query, key)]
-        runs[f"vmoba-{kind}d"] = lambda i=layer: vmoba_attention(query, key, value, grid, config, i)
-        runs[f"vmoba-{kind}d-selection"] = lambda qk=in_order, p=parts, n=kind: select(*qk, p, config, n)
+        runs[f"vmoba-{kind}d{label}"] = lambda i=layer: vmoba_attention(query, key, value, grid, config, i)
+        runs[f"vmoba-{kind}d-selection{label}"] = lambda qk=in_order, p=parts, n=kind: select(*qk, p, config, n)
     return runs
 
 
@@ -101,7 +101,7 @@ def kernel_rows(lengths: list[int], densities: list[float], repeats: int) -> lis
                 runs[f"{backend} {density}"] = lambda q=query, k=key, v=value, t=table, b=backend: (
                     block_sparse_attention(q, k, v, *t, block, backend=b)
                 )
-        runs |= _vmoba_runs(query, key, value)
+        runs |= vmoba_runs(query, key, value, cube_like(length), VMoBAConfig.training_free())
         times = interleaved(runs, repeats)
         for name, taken in times.items():
             backend, _, density = name.partition(" ")

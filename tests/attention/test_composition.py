@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 
-from dit_suite.attention import AdaSpaConfig, apply_adaspa
+from dit_suite.attention import AdaSpaConfig, VMoBAConfig, apply_adaspa, apply_vmoba
 from dit_suite.caching.bac import apply_bac
 from dit_suite.caching.plan import BACConfig, build_schedule
 from dit_suite.caching.recorder import ProfileRecorder
@@ -51,6 +51,17 @@ def test_bac_and_adaspa_compose(case, schedule, sparse_first, removed_in_order):
     assert all(torch.equal(a, b) for a, b in zip(plain, case.sample(), strict=True))
     left = [name for name, m in case.model.named_modules() if "_diffusers_hook" in vars(m) or "forward" in vars(m)]
     assert left == []
+
+
+def test_bac_and_vmoba_compose(case, schedule):
+    with apply_bac(case.model, schedule):
+        cached = case.sample()
+    full = VMoBAConfig(topk_ratio=1.0, dense_first_steps=0.0, min_tokens=0, block_1d=1.0)
+    with apply_vmoba(case.model, full) as sparse, apply_bac(case.model, schedule) as bac:
+        both = case.sample()
+        assert sparse.stats()["sparse_calls"] > 0 and sparse.stats()["fallbacks"] == {}
+        assert sum(bac.stats()["reused"].values()) > 0
+    assert all((a - b).abs().max() < 1e-4 for a, b in zip(both, cached, strict=True))
 
 
 def test_group_offload_keeps_working():

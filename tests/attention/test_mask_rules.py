@@ -1,6 +1,7 @@
 """The rivals: their scores mean what they say, and they run at the density they are given."""
 
 import argparse
+import contextlib
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from dit_suite.attention.vmoba import VMoBAConfig
 from dit_suite.benchmarks import discover, sparse_clips
 from dit_suite.benchmarks.sparse_clips import Probe
 from dit_suite.benchmarks.sparse_contenders import contenders
+from dit_suite.benchmarks.sparse_kernels import interleaved
 from dit_suite.benchmarks.sparse_steps import run_facts
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from tests.attention.tiny_models import build, forward, wan_inputs
@@ -105,6 +107,21 @@ def test_the_kernel_benchmark_reports_errors_and_gains():
     assert rows[0]["step_speedup"] == 1.0
     assert rows[2]["max_error"] < 1e-5
     assert all(row["ms"] > 0 for row in rows)
+
+
+def test_runs_take_turns_each_inside_what_is_around_it():
+    seen = []
+
+    @contextlib.contextmanager
+    def around():
+        seen.append("enter")
+        yield
+        seen.append("leave")
+
+    runs = {"dense": lambda: seen.append("dense"), "sparse": lambda: seen.append("sparse")}
+    times = interleaved(runs, 2, {"sparse": around})
+    assert seen == ["dense", "enter", "sparse", "leave"] * 3
+    assert {name: len(taken) for name, taken in times.items()} == {"dense": 2, "sparse": 2}
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])

@@ -399,33 +399,51 @@ def test_a_failed_application_leaves_nothing_behind():
     assert _snapshot(model) == before
 
 
-def test_bfloat16():
-    model = build("wan").to(torch.bfloat16)
-    given = {k: v.to(torch.bfloat16) for k, v in tiny_models.wan_inputs().items()}
+def _apply_full(method, model):
+    """AdaSpa or VMoBA with every block kept."""
+    if method == "adaspa":
+        return apply_adaspa(model, AdaSpaConfig(sparsity=0.0, **SEARCH_AT_0))
+    return apply_vmoba(model, VMoBAConfig(topk_ratio=1.0, **VMOBA))
+
+
+both_methods = pytest.mark.parametrize("method", ["adaspa", "vmoba"])
+
+
+@both_methods
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16(name, method):
+    model = build(name).to(torch.bfloat16)
+    given = {
+        k: v.to(torch.bfloat16) if torch.is_tensor(v) and v.is_floating_point() and not k.endswith("mask") else v
+        for k, v in CASES[name].inputs(1).items()
+    }
     dense = forward(model, given)
-    with apply_adaspa(model, AdaSpaConfig(sparsity=0.0, **SEARCH_AT_0)):
+    with _apply_full(method, model) as handle:
         out = _run_steps(model, given, range(2))[1]
+        assert handle.stats()["sparse_calls"] > 0 and handle.stats()["fallbacks"] == {}
     assert out.dtype == torch.bfloat16
     assert (out - dense).abs().max() < 0.05 * dense.abs().max()
 
 
-def test_lora_adapters_keep_working():
+@both_methods
+def test_lora_adapters_keep_working(method):
     pytest.importorskip("peft")
     from peft import LoraConfig
 
     model, given = build("wan"), tiny_models.wan_inputs()
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     dense = forward(model, given)
-    with apply_adaspa(model, AdaSpaConfig(sparsity=0.0, **SEARCH_AT_0)):
+    with _apply_full(method, model):
         assert (_run_steps(model, given, range(2))[1] - dense).abs().max() < 1e-4
     assert torch.equal(forward(model, given), dense)
 
 
-def test_first_block_cache_and_adaspa_compose():
+@both_methods
+def test_first_block_cache_composes(method):
     model, given = build("wan"), tiny_models.wan_inputs()
     dense = forward(model, given)
     model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-    with apply_adaspa(model, AdaSpaConfig(sparsity=0.0, **SEARCH_AT_0)) as handle, model.cache_context("cond"):
+    with _apply_full(method, model) as handle, model.cache_context("cond"):
         outs = _run_steps(model, given, range(3))
         assert handle.stats()["sparse_calls"] > 0
     model.disable_cache()
@@ -461,16 +479,22 @@ def test_a_pipeline_run_counts_its_calls():
     assert torch.equal(run(), dense)
 
 
-def test_compiled_model_runs_sparse():
+@both_methods
+def test_compiled_model_runs_sparse(method):
     """torch.compile breaks the graph at every attention; the result is the eager one."""
     model, given = tiny_models.wan(num_layers=1).eval(), tiny_models.wan_inputs()
-    with apply_adaspa(model, AdaSpaConfig(sparsity=0.75, **SEARCH_AT_0)) as handle, warnings.catch_warnings():
+    handle = (
+        apply_adaspa(model, AdaSpaConfig(sparsity=0.75, **SEARCH_AT_0))
+        if method == "adaspa"
+        else apply_vmoba(model, VMoBAConfig(topk=(2, 2, 2), **VMOBA))
+    )
+    with handle, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = _run_steps(model, given, range(2))[1]
         compiled = torch.compile(model, backend="eager")
         actual = _run_steps(compiled, given, range(2))[1]
         assert (actual - expected).abs().max() < 1e-5
-        assert handle.stats()["sparse_calls"] == 2
+        assert handle.stats()["sparse_calls"] == (2 if method == "adaspa" else 4)  # AdaSpa searches at step 0
     torch._dynamo.reset()
 
 
