@@ -20,7 +20,6 @@ from dit_suite.training.auxiliary import (
     diffusion_prior,
     match_units,
     prior_loss,
-    uncertainty_weighted,
     uniform_gate_divergence,
 )
 from dit_suite.training.objectives import ObjectiveResult
@@ -228,17 +227,6 @@ def test_prior_loss_for_the_trainer_teaches_the_gates():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
-
-
-def test_uncertainty_weighting():
-    """Fact 11."""
-    losses = torch.rand(16)
-    t = torch.arange(16) * 125 // 2
-    means = losses.reshape(8, 2).mean(1)
-    fresh = uncertainty_weighted(losses, t, torch.zeros(8), 1000)
-    assert fresh.item() == pytest.approx(0.5 * means.mean().item(), abs=1e-6)
-    with pytest.raises(ValueError, match="every one of the 8 timestep clusters"):
-        uncertainty_weighted(losses, torch.zeros(16), torch.zeros(8), 1000)
 
 
 def test_channel_masks():
