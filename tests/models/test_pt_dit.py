@@ -3,6 +3,7 @@
 import argparse
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +161,18 @@ def test_one_window_injects_one_vector_into_every_token():
     assert (added[0, 0] - added[1, 0]).abs().max() > 1e-3
 
 
+def test_a_window_over_the_whole_grid_is_full_attention():
+    """Fact 3."""
+    model = awake(tiny(num_layers=1, shift_window=False))
+    block = model.transformer_blocks[0]
+    tokens = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(4))
+    layout = window_layout((1, 8, 8), (1, 8, 8), (1, 8, 8), (0, 4, 4), tokens.device)
+    shift, scale, gate = block.scale_shift_table[:3]
+    injected = block.interact_globally(tokens, tokens.mean(dim=1, keepdim=True))
+    wanted = injected + gate * block.attn1(block.norm1(injected) * (1 + scale) + shift)
+    torch.testing.assert_close(block.attend(tokens, torch.zeros(1, 6, 32), layout), wanted, atol=1e-5, rtol=0)
+
+
 def test_fresh_global_and_shifted_paths_add_nothing_and_awake_ones_couple_windows():
     """Fact 6: with zero projections a change stays in its window; with weights it reaches every window."""
 
@@ -234,6 +247,8 @@ def test_attention_share_by_torchs_counter(tokens, window, percent):
         ours = count(lambda: block.interact_globally(hidden, proxies)) + 2 * count(lambda: block.attn1(windows))
         full = count(lambda: block.attn1(hidden))
     assert full == 2 * 2 * tokens**2 * 32
+    proxies_count = tokens // window
+    assert ours == 2 * 2 * 32 * (proxies_count**2 + tokens * proxies_count + 2 * tokens * window)
     assert ours / full == pytest.approx(attention_mac_share(tokens, window), rel=1e-9)
     assert 100 * ours / full == pytest.approx(percent, abs=1e-3)
 
@@ -381,6 +396,21 @@ def test_timestep_warp():
     scheduler.set_timesteps(sigmas=flow_sigmas(7))
     torch.testing.assert_close(scheduler.timesteps, warped_timesteps(7, 2.0), atol=1e-3, rtol=0)
     assert scheduler.sigmas[0] == 1 and scheduler.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_sampling_a_constant_velocity_adds_it_once(guidance):
+    """Fact 15: the steps sum to one, and guidance 1 is the conditional branch."""
+    tensors, config = read_fixture(next(path for path in FIXTURES if path.stem == "pt_dit_image"))
+    velocities = torch.tensor([0.7, -0.2]).reshape(2, 1, 1, 1, 1)
+
+    def constant(latents, *given, **more):
+        return SimpleNamespace(sample=velocities.expand_as(latents))
+
+    constant.config = SimpleNamespace(in_channels=4)
+    made = golden.sample(constant, tensors, config["sample"] | {"cfg_scale": guidance})["sample_final"]
+    wanted = tensors["input.sample_noise"] - 0.2 + guidance * 0.9
+    torch.testing.assert_close(made, wanted, atol=1e-5, rtol=0)
 
 
 def test_converter_is_strict(tmp_path):
