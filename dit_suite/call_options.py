@@ -144,4 +144,6 @@ class LegoOptions(Options):
     )
     height: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096)
     width: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096)
-    canvas: str = option("auto", "how larger canvases are covered", choices=("auto", "grid", "overlap"), advanced=True)
+    canvas: str = option(
+        "auto", "how larger canvases are covered", choices=("auto", "grid", "overlap", "drift"), advanced=True
+    )

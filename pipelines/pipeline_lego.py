@@ -14,7 +14,7 @@ from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
 
 DIRECTIONS = ("auto", "early", "late")
-CANVASES = ("auto", "grid", "overlap")
+CANVASES = ("auto", "grid", "overlap", "drift")
 DEFAULT_GUIDANCE = 1.5
 
 
@@ -24,9 +24,18 @@ def skipped_steps(num_inference_steps: int, t_break: float, direction: str) -> r
     return range(count) if direction == "early" else range(num_inference_steps - count, num_inference_steps)
 
 
-def window_starts(length: int, window: int) -> list[int]:
-    """Where overlapping windows of half stride start along an axis."""
-    return list(range(0, length - window + 1, window // 2))
+def window_starts(length: int, window: int, offset: int = 0) -> list[int]:
+    """Where overlapping windows of half stride start along an axis. With an offset below half a window the inner ones
+    move by it, and a first and a last one keep the ends covered."""
+    last = length - window
+    return sorted({0, *range(offset, last + 1, window // 2), last})
+
+
+def window_offset(step_index: int, window: int) -> int:
+    """How far the windows of a step have drifted: every step another amount, spread over half a window. It is no
+    multiple of a brick or a token, so that their borders move over the picture too."""
+    half = window // 2
+    return step_index * (round(0.38 * half) | 1) % half
 
 
 def window_weights(window: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +98,7 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
         return self.transformer.skip_direction or "late"
 
     def resolve_canvas(self, canvas: str, height: int, width: int) -> str:
-        """ "grid" or "overlap" for a canvas in latent pixels; "auto" takes the grid at the training size.
+        """The mode for a canvas in latent pixels; "auto" takes the grid at the training size.
 
         Raises:
             ValueError: the size does not fit the mode; the sentence names the sizes that do.
@@ -98,7 +107,7 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
             raise ValueError(f"canvas must be one of {', '.join(CANVASES)}, got {canvas!r}")
         side = self.transformer.config.sample_size
         if canvas == "auto":
-            canvas = "grid" if (height, width) == (side, side) else "overlap"
+            canvas = "grid" if (height, width) == (side, side) else "drift"
         unit = max(self.transformer.config.brick_sizes) if canvas == "grid" else side // 2
         least = unit if canvas == "grid" else side
         factor = self.vae_scale_factor
@@ -149,7 +158,13 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
         return latents.to(device=device, dtype=precision) * self.scheduler.init_noise_sigma
 
     def run_network(
-        self, scaled: torch.Tensor, timestep: float, labels: torch.Tensor, canvas: str, stop_after: int | None
+        self,
+        scaled: torch.Tensor,
+        timestep: float,
+        labels: torch.Tensor,
+        canvas: str,
+        stop_after: int | None,
+        step_index: int = 0,
     ) -> torch.Tensor:
         """The raw prediction on the whole canvas `(B, C, H, W)`: in one pass, or as the weighted mean of overlapping
         windows of the training size (one batch)."""
@@ -159,7 +174,8 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
             return self.transformer(scaled, time, labels, stop_after=stop_after, return_dict=False)[0]
         side = self.transformer.config.sample_size
         batch, _, height, width = scaled.shape
-        places = [(y, x) for y in window_starts(height, side) for x in window_starts(width, side)]
+        offset = window_offset(step_index, side) if canvas == "drift" else 0
+        places = [(y, x) for y in window_starts(height, side, offset) for x in window_starts(width, side, offset)]
         windows = torch.cat([scaled[:, :, y : y + side, x : x + side] for y, x in places])
         repeated = None if labels is None else labels.repeat(len(places))
         parts = self.transformer(windows, time, repeated, stop_after=stop_after, return_dict=False)[0].split(batch)
@@ -188,7 +204,8 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
             model_input = torch.cat([scaled] * (len(labels[branch]) // len(scaled)))
             with publish_step(plan.context(step, branch)):
                 stop = step.extras.get("stop_after")
-                outputs[branch] = self.run_network(model_input, timestep, labels[branch], canvas, stop).float()
+                raw = self.run_network(model_input, timestep, labels[branch], canvas, stop, step.step_index)
+                outputs[branch] = raw.float()
         if "none" in outputs:
             return outputs["none"]
         halves = outputs["batched"].chunk(2) if "batched" in outputs else (outputs["uncond"], outputs["cond"])
@@ -231,7 +248,8 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
             s_churn: fresh noise per step, 0 is deterministic (default: the scheduler's, like its range and scale).
             height, width: pixels; default: the network's training size.
             canvas: "grid" runs the bricks over the whole canvas, "overlap" averages windows of the training size,
-                "auto" takes the grid at the training size and overlap elsewhere.
+                "drift" does so with windows that lie elsewhere in every step, so that the borders of windows and
+                bricks leave no seam; "auto" takes the grid at the training size and drift elsewhere.
             generator: one generator for the batch, or one per picture (row i then depends on generator i alone).
             latents: initial noise `(B, C, h, w)` with unit variance, instead of drawing it.
             batched_guidance: both guidance halves in one batch (faster), or one after the other (less memory).

@@ -3,8 +3,8 @@
     python scripts/warm_start.py --config configs/emoji_ptdit_64_cpu.yaml --layers 1 4 7 \\
         --output runs/start/emoji-ptdit-64
 
-Writes a network folder that the config's `init_from` names. PT-DiT, DiT and Switch-DiT networks can be started so (see
-dit_suite/training/warm_start.py for what is copied and what is approximated).
+Writes a network folder that the config's `init_from` names. PixArt, PT-DiT, DiT and Switch-DiT networks can be started
+so (see dit_suite/training/warm_start.py for what is copied and what is approximated).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dit_suite.models.pt_dit import PTDiTTransformer3DModel
 from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
 from dit_suite.training.build import construct
 from dit_suite.training.config import TrainConfig, load_config
-from dit_suite.training.warm_start import level_batch, mean_text, spread_layers, start_dit, start_pt_dit
+from dit_suite.training.warm_start import level_batch, mean_text, spread_layers, start_dit, start_pixart, start_pt_dit
 
 
 def start(config: TrainConfig, teacher: PixArtTransformer2DModel, layers: Sequence[int] | None) -> torch.nn.Module:
@@ -35,11 +35,14 @@ def start(config: TrainConfig, teacher: PixArtTransformer2DModel, layers: Sequen
     """
     torch.manual_seed(config.run.seed)
     network = construct(config.model)
-    if not isinstance(network, PTDiTTransformer3DModel | DiTModel | SwitchDiTTransformer2DModel):
+    known = PixArtTransformer2DModel | PTDiTTransformer3DModel | DiTModel | SwitchDiTTransformer2DModel
+    if not isinstance(network, known):
         raise ValueError(f"a {type(network).__name__} can't be started from a PixArt network")
     chosen = list(layers) if layers else spread_layers(network.config.num_layers, teacher.config.num_layers)
     if isinstance(network, PTDiTTransformer3DModel):
         start_pt_dit(teacher, network, chosen)
+    elif isinstance(network, PixArtTransformer2DModel):
+        start_pixart(teacher, network, chosen)
     else:
         start_dit(teacher, network, chosen, mean_text(teacher, *level_batch(config, teacher)))
     return network

@@ -172,21 +172,17 @@ def text_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def attention_calls(networks: tuple[torch.nn.Module, torch.nn.Module], latent: int) -> tuple[Callable, Callable]:
     """The self-attention of a PixArt block, projections included, and what stands for it in a PT-DiT block."""
-    from dit_suite.models.pt_dit import window_layout
+    from dit_suite.models.pt_dit import PTDiTTransformerBlock
+    from dit_suite.models.pt_dit_lean import can_run_lean, lean_attention
+    from dit_suite.models.shifted_windows import window_layout
 
     dense, proxy = (network.transformer_blocks[0] for network in networks)
     grid = (1, latent // 2, latent // 2)
-    window, proxy_window, shift = networks[1].resolve_windows(grid, None)
     tokens = torch.randn(1, grid[1] * grid[2], proxy.norm1.normalized_shape[0])
-    layout = window_layout(grid, window, proxy_window, shift, tokens.device)
+    layout = window_layout(grid, *networks[1].resolve_windows(grid, None), tokens.device)
     modulation = torch.zeros(1, 6, tokens.shape[-1])
-
-    def proxied() -> torch.Tensor:
-        hidden = proxy.interact_globally(tokens, proxy.extract_proxies(tokens, window, proxy_window))
-        hidden = proxy.attn1(hidden.reshape(-1, window[1] * window[2], hidden.shape[-1])).reshape(tokens.shape)
-        return proxy.attend_shifted(hidden, modulation, layout)
-
-    return lambda: dense.attn1(tokens), proxied
+    attend = lean_attention if can_run_lean([proxy], tokens) else PTDiTTransformerBlock.attend
+    return lambda: dense.attn1(tokens), lambda: attend(proxy, tokens, modulation, layout)
 
 
 def break_even_row(args: argparse.Namespace) -> dict[str, Any]:

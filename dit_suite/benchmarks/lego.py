@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance")
     parser.add_argument("--panoramas", type=int, default=16, help="pictures of the panorama row; 0 leaves it out")
     parser.add_argument("--panorama-width", type=int, default=160, help="pixels")
+    parser.add_argument("--canvases", nargs="+", choices=("overlap", "drift"), default=["overlap", "drift"])
     parser.add_argument("--device", default="cpu")
 
 
@@ -85,22 +86,24 @@ def borders(width: int, window: int, patch: int) -> tuple[list[int], list[int]]:
     return seams, [column for column in range(patch, width, patch) if column not in seams]
 
 
-def panorama_row(pipe: Any, job: SamplingJob, args: argparse.Namespace) -> dict[str, Any]:
-    """Seams of wide canvases, and the same columns of pictures of the training size."""
+def panorama_row(pipe: Any, job: SamplingJob, canvas: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Seams of wide canvases. `border_ratio` is the mean jump across all patch borders over that across all columns."""
     config = pipe.transformer.config
     side, patch = config.sample_size, sorted(config.brick_sizes)[-2]
-    wide = replace(job, options=replace(job.options, height=side, width=args.panorama_width), batch_size=2)
-    made, seconds = make(pipe, wide, args.panoramas)
+    wide = replace(job, options=replace(job.options, height=side, width=args.panorama_width, canvas=canvas))
+    made, seconds = make(pipe, replace(wide, batch_size=2), args.panoramas)
+    seams, inside = borders(args.panorama_width, side, patch)
     return {
-        "setting": f"{side} x {args.panorama_width} panorama",
+        "setting": f"{side} x {args.panorama_width} panorama, {canvas}",
         "samples": args.panoramas,
         "seconds": seconds,
-        "seam_ratio": seam_ratio(made, *borders(args.panorama_width, side, patch)),
+        "seam_ratio": seam_ratio(made, seams, inside),
+        "border_ratio": seam_ratio(made, seams + inside, range(1, args.panorama_width)),
     }
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """One row per `t_break`, one for the panorama."""
+    """One row per `t_break`, one per kind of panorama."""
     checkpoint = find_checkpoint(args.model)
     rows_text = held_out_rows(training_record(checkpoint), args.data)
     job = sampling_job(checkpoint, args.model, rows_text, args.guidance)
@@ -122,10 +125,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if unskipped is None:
             unskipped, first = Pictures(made), seconds
             side = pipe.transformer.config.sample_size
-            row["seam_ratio"] = seam_ratio(made, *borders(side, side, sorted(pipe.transformer.config.brick_sizes)[-2]))
+            seams, inside = borders(side, side, sorted(pipe.transformer.config.brick_sizes)[-2])
+            row["seam_ratio"] = seam_ratio(made, seams, inside)
+            row["border_ratio"] = seam_ratio(made, seams + inside, range(1, side))
         row["speedup"] = first / seconds
         rows.append(row)
     if args.panoramas:
-        rows.append(panorama_row(pipe, job, args))
+        rows += [panorama_row(pipe, job, canvas, args) for canvas in args.canvases]
     settings = {key: str(value) if key == "data" else value for key, value in vars(args).items() if key != "output"}
     return {"settings": settings, "rows": rows}

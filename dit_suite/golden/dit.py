@@ -22,7 +22,9 @@ from dit_suite.training.objectives import (
 
 FAMILY = "dit"
 PREFIXES = ("dit_",)
-FORWARD_TOLERANCE = 1e-5
+# The angle of timestep 999 has a float32 spacing of 6e-5, and CPUs round the exponential of its frequency differently:
+# one feature of 256 is off by 2.9e-5 on AVX-512, and what follows by up to 3.4e-5.
+FORWARD_TOLERANCE = 5e-5
 TABLE_TOLERANCE = 1e-5
 TRAJECTORY_TOLERANCE = 1e-4
 _SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine", "cosine": "cosine"}
@@ -93,10 +95,7 @@ def check_forward(tensors: Tensors, config: dict[str, Any]) -> list[Result]:
             actual["cfg_raw"] = model(*call[1:]).sample
         actual["cfg_first3"] = guided_halves(*call, scale, 3)
         actual["cfg_allC"] = guided_halves(*call, scale, config["in_channels"])
-    return [
-        compare(name, actual[name], value, FORWARD_TOLERANCE if "cfg" not in name else 5 * FORWARD_TOLERANCE)
-        for name, value in sorted(expected.items())
-    ]
+    return [compare(name, actual[name], value, FORWARD_TOLERANCE) for name, value in sorted(expected.items())]
 
 
 class _GivenNoise(TorchFunctionMode):
@@ -193,7 +192,7 @@ def _check_training(given: Tensors, expected: Tensors) -> Iterator[Result]:
     output = toy_network(given, x_t, t)
     terms = Diffusion().terms(output, x0, noise, x_t, t)
     terms["loss"] = terms["mse"] + terms["vb"]
-    yield compare("train.x_t", x_t, expected["train.x_t"], FORWARD_TOLERANCE)
+    yield compare("train.x_t", x_t, expected["train.x_t"], TABLE_TOLERANCE)
     for key in ("mse", "vb", "loss"):
         yield compare(f"train.{key}", terms[key], expected[f"train.{key}"], TRAJECTORY_TOLERANCE, relative=True)
 

@@ -7,7 +7,8 @@ import torch
 from dit_suite.converters import build_strict
 from dit_suite.converters.pt_dit import config_from, convert_keys
 from dit_suite.golden import Result, Tensors, compare, section
-from dit_suite.models.pt_dit import PTDiTTransformer3DModel, shift_region_mask
+from dit_suite.models.pt_dit import PTDiTTransformer3DModel
+from dit_suite.models.shifted_windows import shift_region_mask
 from dit_suite.schedulers.pt_dit_flow import resolution_warp, warped_timesteps
 
 FAMILY = "pt_dit"

@@ -13,10 +13,9 @@ from dit_suite.training.auxiliary import (
     diffusion_prior,
     jensen_shannon,
     match_units,
-    timestep_clusters,
-    uncertainty_weighted,
 )
 from dit_suite.training.objectives import Diffusion, add_noise, mean_per_sample, named_tables
+from dit_suite.training.uncertainty import timestep_clusters, uncertainty_weighted
 
 FAMILY = "switch_dit"
 PREFIXES = ("switch_dit_",)

@@ -176,7 +176,7 @@ class CrossAttention(Attention):
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """`x * (1 + scale) + shift` with `x (batch, n, dim)` and shift, scale `(batch, dim)`."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 class AdaLNZeroBlock(nn.Module):
@@ -202,9 +202,9 @@ class AdaLNZeroBlock(nn.Module):
         batch, length, dim = hidden_states.shape
         normed = modulate(self.norm1(hidden_states), shift_attn, scale_attn)
         attended = self.attn(normed.reshape(-1, span or length, dim)).reshape(batch, length, dim)
-        hidden_states = hidden_states + gate_attn[:, None] * attended
+        hidden_states = torch.addcmul(hidden_states, gate_attn[:, None], attended)
         normed = modulate(self.norm2(hidden_states), shift_ff, scale_ff)
-        return hidden_states + gate_ff[:, None] * self.ff(normed)
+        return torch.addcmul(hidden_states, gate_ff[:, None], self.ff(normed))
 
 
 # diffusers' own block caches (FirstBlockCache and others) look a block up here.

@@ -8,7 +8,6 @@ one frame: the token grid is always (frames, height, width).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -33,6 +32,8 @@ from dit_suite.models.dit_blocks import (
     to_windows,
     unpatchify,
 )
+from dit_suite.models.pt_dit_lean import can_run_lean, lean_block
+from dit_suite.models.shifted_windows import Reorder, WindowLayout, window_layout
 
 PROXY_MODES = ("mean", "first", "center", "random")
 PROXY_LAYOUTS = ("interleaved", "contiguous")
@@ -82,80 +83,6 @@ def attention_mac_share(num_tokens: int, window_tokens: int, shift_window: bool 
     """Multiply-adds of PT-DiT's attention matrices over those of full attention: `1/p^2 + 1/p + 2p/N` (section 3.3)."""
     windows = (2 if shift_window else 1) * window_tokens / num_tokens
     return 1 / window_tokens**2 + 1 / window_tokens + windows
-
-
-def shift_region_mask(
-    grid: tuple[int, int, int], window: tuple[int, int, int], shift: tuple[int, int, int], device: torch.device
-) -> torch.Tensor:
-    """Which tokens of a shifted window may attend to each other: `(windows, 1, p, p)`, True = same region.
-
-    Rolling the grid wraps its border round; as in Swin each shifted axis of length n falls in the regions `[0, n - p)`,
-    `[n - p, n - s)` and `[n - s, n)`, and attention stays inside a region. An axis with shift 0 is one region.
-    """
-    region = torch.zeros((1, 1, 1), dtype=torch.long, device=device)
-    for axis, (size, ratio, offset) in enumerate(zip(grid, window, shift, strict=True)):
-        position = torch.arange(size, device=device)
-        split = (position >= size - ratio).long() + (position >= size - offset).long() if offset else 0 * position
-        region = 3 * region + split.view([-1 if a == axis else 1 for a in range(3)])
-    tokens = region.expand(grid).reshape(1, -1, 1)
-    regions = to_windows(tokens, grid, window).reshape(-1, window[0] * window[1] * window[2])
-    return (regions[:, :, None] == regions[:, None, :])[:, None]
-
-
-class Reorder(torch.autograd.Function):
-    """Tokens in another order. The gradient is the inverse gather, not a scatter with additions."""
-
-    @staticmethod
-    def forward(tokens: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-        return tokens.index_select(1, order)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, _, inverse = inputs
-        ctx.save_for_backward(inverse)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradient.index_select(1, inverse), None, None
-
-
-@dataclass(frozen=True)
-class WindowLayout:
-    """Where tokens are and which attend to each other: made once per forward, shared by the blocks.
-
-    Attributes:
-        window: tokens of a window along (frames, height, width).
-        proxy_window: tokens of a proxy.
-        order: for window-major tokens, the order that puts them into windows shifted by half a window, `(n,)`.
-        inverse: the way back.
-        mask: attention inside shifted windows, `(windows, 1, p, p)`.
-    """
-
-    window: tuple[int, int, int]
-    proxy_window: tuple[int, int, int]
-    order: torch.Tensor
-    inverse: torch.Tensor
-    mask: torch.Tensor
-
-    @property
-    def window_tokens(self) -> int:
-        return self.window[0] * self.window[1] * self.window[2]
-
-
-def window_layout(
-    grid: tuple[int, int, int],
-    window: tuple[int, int, int],
-    proxy_window: tuple[int, int, int],
-    shift: tuple[int, int, int],
-    device: torch.device,
-) -> WindowLayout:
-    """The layout of a token grid."""
-    places = torch.arange(grid[0] * grid[1] * grid[2], device=device).reshape(*grid)
-    rolled = torch.roll(places, tuple(-s for s in shift), dims=(0, 1, 2))
-    plain, shifted = (to_windows(p.reshape(1, -1, 1), grid, window).flatten() for p in (places, rolled))
-    order = plain.argsort()[shifted]
-    return WindowLayout(window, proxy_window, order, order.argsort(), shift_region_mask(grid, window, shift, device))
 
 
 class PTDiTTransformerBlock(nn.Module):
@@ -250,6 +177,18 @@ class PTDiTTransformerBlock(nn.Module):
         out = self.attn3(windows, attention_mask=masks).reshape(batch, length, dim)
         return self.linear_2(gate[:, None] * Reorder.apply(out, layout.inverse, layout.order))
 
+    def attend(self, hidden_states: torch.Tensor, modulation: torch.Tensor, layout: WindowLayout) -> torch.Tensor:
+        """What stands for self-attention: eq. 1, then eq. 2."""
+        shift, scale, gate = (self.scale_shift_table + modulation)[:, :3].unbind(1)
+        proxies = self.extract_proxies(hidden_states, layout.window, layout.proxy_window)
+        hidden_states = self.interact_globally(hidden_states, proxies)
+        windows = modulate(self.norm1(hidden_states), shift, scale).unflatten(1, (-1, layout.window_tokens))
+        attended = self.attn1(windows.flatten(0, 1)).reshape(hidden_states.shape)
+        hidden_states = torch.addcmul(hidden_states, gate[:, None], attended)
+        if self.shift_window:
+            hidden_states = hidden_states + self.attend_shifted(hidden_states, modulation, layout)
+        return hidden_states
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -258,19 +197,13 @@ class PTDiTTransformerBlock(nn.Module):
         encoder_attention_mask: torch.Tensor | None,
         layout: WindowLayout,
     ) -> torch.Tensor:
-        """Args: window-major tokens `(batch, n, dim)`, modulation `(batch, 6, dim)`, text `(batch, l, dim)` and its
-        boolean mask `(batch, 1, 1, l)`. Returns tokens of the same shape."""
-        batch, length, dim = hidden_states.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + modulation).unbind(1)
-        proxies = self.extract_proxies(hidden_states, layout.window, layout.proxy_window)
-        hidden_states = self.interact_globally(hidden_states, proxies)
-
-        windows = modulate(self.norm1(hidden_states), shift1, scale1).reshape(-1, layout.window_tokens, dim)
-        hidden_states = hidden_states + gate1[:, None] * self.attn1(windows).reshape(batch, length, dim)
-        if self.shift_window:
-            hidden_states = hidden_states + self.attend_shifted(hidden_states, modulation, layout)
+        """Args: window-major tokens `(batch, n, dim)`, modulation `(batch or 1, 6, dim)`, text `(batch, l, dim)` with
+        its boolean mask `(batch, 1, 1, l)`. Returns tokens of the same shape."""
+        hidden_states = self.attend(hidden_states, modulation, layout)
         hidden_states = hidden_states + self.attn2(hidden_states, encoder_hidden_states, encoder_attention_mask)
-        return hidden_states + gate2[:, None] * self.ff(modulate(self.norm2(hidden_states), shift2, scale2))
+        shift, scale, gate = (self.scale_shift_table + modulation)[:, 3:].unbind(1)
+        fed = self.ff(modulate(self.norm2(hidden_states), shift, scale))
+        return torch.addcmul(hidden_states, gate[:, None], fed)
 
 
 # diffusers' own block caches (FirstBlockCache and others) look a block up here.
@@ -447,19 +380,27 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         tokens = self.patch_embed(video.transpose(1, 2).flatten(0, 1)).reshape(batch, frames * grid[1] * grid[2], -1)
         tokens = (tokens.float() + self.position_table(grid, video.device)).to(tokens.dtype)
         tokens = to_windows(tokens, grid, window)
+        times = timestep.reshape(-1)
+        if self.config.use_additional_conditions:
+            times = times.expand(batch)
+        elif times.stride() == (0,):  # one level, expanded: the batch shares one modulation
+            times = times[:1]
         modulation, embedded = self.adaln_single(
-            timestep.reshape(-1).expand(batch), added_cond_kwargs, batch_size=batch, hidden_dtype=tokens.dtype
+            times, added_cond_kwargs, batch_size=len(times), hidden_dtype=tokens.dtype
         )
-        modulation = modulation.reshape(batch, 6, -1)
+        modulation = modulation.reshape(len(times), 6, -1)
         text = self.caption_projection(encoder_hidden_states)
         text_mask = None
         if encoder_attention_mask is not None:
             keep = encoder_attention_mask.bool()
             text_mask = (keep | ~keep.any(dim=1, keepdim=True))[:, None, None]
 
+        lean = can_run_lean(self.transformer_blocks, tokens)
         for block in self.transformer_blocks:
             arguments = (tokens, modulation, text, text_mask, layout)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
+            if lean:
+                tokens = lean_block(block, *arguments)
+            elif torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, *arguments)
             else:
                 tokens = block(*arguments)

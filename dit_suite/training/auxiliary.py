@@ -1,7 +1,7 @@
-"""Switch-DiT's training terms: the diffusion prior loss and uncertainty weighting over timestep clusters.
+"""Switch-DiT's diffusion prior loss: pure functions with their definitions, and the term for the trainer.
 
-Pure functions with their definitions, and `DiffusionPriorLoss`, which gives the prior loss to the trainer. The min-SNR
-weight is an option of the diffusion objective.
+The weights of the diffusion loss that Switch-DiT is trained with, min-SNR and uncertainty, are options of the diffusion
+objective.
 """
 
 import math
@@ -80,36 +80,6 @@ class DiffusionPriorLoss(Options):
         index = result.timestep.long().clamp(0, len(prior) - 1)
         assignment, _ = match_units(self._model.routing_table().flatten(1), prior)
         return prior_loss(self._model.routing_probabilities(result.timestep), prior[index][:, assignment])
-
-
-def timestep_clusters(num_timesteps: int, num_clusters: int) -> torch.Tensor:
-    """First and last-plus-one timestep of equal clusters: `(num_clusters, 2)`."""
-    if num_timesteps % num_clusters:
-        raise ValueError(f"{num_timesteps} timesteps do not split into {num_clusters} equal clusters")
-    edges = torch.arange(0, num_timesteps + 1, num_timesteps // num_clusters)
-    return torch.stack([edges[:-1], edges[1:]], dim=1)
-
-
-def uncertainty_weighted(losses: torch.Tensor, timestep: torch.Tensor, log_variance: torch.Tensor, num_timesteps: int):
-    """Uncertainty weighting of timestep clusters (ANT): `sum_i 0.5 (exp(-s_i) L_i / n + s_i)`, a scalar.
-
-    Args:
-        losses: unweighted `(batch,)`.
-        timestep: `(batch,)` integers; every cluster must occur.
-        log_variance: learnable s `(n,)`, zero at the start.
-        num_timesteps: length of the timestep scale, cut into n equal clusters with mean losses L_i.
-
-    Raises:
-        ValueError: a cluster has no sample in the batch.
-    """
-    count = len(log_variance)
-    cluster = timestep.long() * count // num_timesteps
-    members = torch.nn.functional.one_hot(cluster, count).to(losses.dtype)
-    sizes = members.sum(dim=0)
-    if bool((sizes == 0).any()):
-        raise ValueError(f"every one of the {count} timestep clusters needs a sample in the batch")
-    means = members.T @ losses / sizes
-    return 0.5 * ((-log_variance).exp() * means / count + log_variance).sum()
 
 
 def uniform_gate_divergence(num_experts: int, active: int) -> float:

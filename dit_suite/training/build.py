@@ -140,12 +140,39 @@ def unwrap(network: torch.nn.Module) -> torch.nn.Module:
     return network.module if isinstance(network, torch.nn.parallel.DistributedDataParallel) else network
 
 
-def make_optimizer(network: torch.nn.Module, section: OptimizerSection, device: torch.device) -> torch.optim.AdamW:
-    """AdamW; with `decay_matrices_only` one-dimensional tensors get no weight decay."""
+def make_weighting(objective: Any, run: RunSection, accelerator: Accelerator) -> torch.nn.Module | None:
+    """The learned weighting of an objective that has one.
+
+    Raises:
+        ValueError: a process's micro-batch does not hold every timestep cluster equally often.
+    """
+    weighting = objective.weighting() if hasattr(objective, "weighting") else None
+    if weighting is None:
+        return None
+    share = run.batch_size // run.accumulation // accelerator.num_processes
+    if share % weighting.clusters:
+        raise ValueError(
+            f"uncertainty weighting needs every micro-batch of a process, here {share} samples, to be a multiple of "
+            f"its {weighting.clusters} timestep clusters"
+        )
+    return weighting.to(accelerator.device)
+
+
+def make_optimizer(
+    network: torch.nn.Module,
+    section: OptimizerSection,
+    device: torch.device,
+    weighting: torch.nn.Module | None = None,
+) -> torch.optim.AdamW:
+    """AdamW; with `decay_matrices_only` one-dimensional tensors get no weight decay. A learned weighting is a group
+    with a constant learning rate of its own."""
     trained = [p for p in network.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim > 1 or not section.decay_matrices_only]
     others = [p for p in trained if not (p.ndim > 1 or not section.decay_matrices_only)]
     groups = [{"params": matrices, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if weighting is not None:
+        own = {"weight_decay": 0.0, "constant_lr": weighting.learning_rate}
+        groups.append({"params": list(weighting.parameters()), **own})
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=section.lr,

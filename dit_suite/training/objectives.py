@@ -15,6 +15,7 @@ import torch
 from dit_suite.options import Options, option
 from dit_suite.registry import resolve
 from dit_suite.training.draws import Draws, Stream
+from dit_suite.training.uncertainty import UncertaintyWeighting
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class ObjectiveResult:
 
 
 class Objective(Protocol):
-    """What the trainer needs."""
+    """What the trainer needs. An objective may also have `weighting()`, which returns a module that makes a scalar of
+    losses and timesteps with parameters of its own, or None."""
 
     def loss(self, model: Callable[..., Any], batch: TrainingBatch) -> ObjectiveResult:
         """Runs the network once (or more) and returns the loss of every sample."""
@@ -283,11 +285,30 @@ class Diffusion(Options):
     schedule: str = option("linear", "beta schedule", choices=("linear", "cosine"))
     num_train_timesteps: int = option(1000, "steps of the discrete diffusion", minimum=2)
     min_snr_gamma: float = option(0.0, "min-SNR weight of the mean squared error; 0 turns it off", minimum=0.0)
+    uncertainty_clusters: int = option(0, "timestep clusters with learned weights (ANT: 8); 0 turns it off", minimum=0)
+    uncertainty_lr: float = option(0.025, "learning rate of those weights", minimum=0.0)
     per: str = option("sample", "one level per sample or per frame", choices=("sample", "frame"))
 
     def validate(self) -> None:
-        if self.per == "frame" and self.min_snr_gamma > 0:
-            raise ValueError("min_snr_gamma weighs whole samples; it can't be used with per: frame")
+        if self.per == "frame" and (self.min_snr_gamma > 0 or self.uncertainty_clusters):
+            raise ValueError("min_snr_gamma and uncertainty_clusters weigh whole samples: not with per: frame")
+        if self.min_snr_gamma > 0 and self.uncertainty_clusters:
+            raise ValueError("choose min_snr_gamma or uncertainty_clusters, not both")
+        self.weighting()
+
+    def weighting(self) -> UncertaintyWeighting | None:
+        """A fresh learned weighting, or None."""
+        if not self.uncertainty_clusters:
+            return None
+        return UncertaintyWeighting(self.uncertainty_clusters, self.num_train_timesteps, self.uncertainty_lr)
+
+    def draw_timesteps(self, draws: Draws, shape: tuple[int, ...] = ()) -> torch.Tensor:
+        """Uniform timesteps `(batch, *shape)`. With clusters, consecutive samples of the global batch come from
+        consecutive clusters, so that every share of the batch holds them all equally often."""
+        if not self.uncertainty_clusters:
+            return draws.integers(Stream.TIMESTEP, self.num_train_timesteps, shape)
+        size = self.num_train_timesteps // self.uncertainty_clusters
+        return draws.samples % self.uncertainty_clusters * size + draws.integers(Stream.TIMESTEP, size)
 
     def terms(
         self, output: torch.Tensor, x0: torch.Tensor, noise: torch.Tensor, x_t: torch.Tensor, timestep: torch.Tensor
@@ -309,7 +330,7 @@ class Diffusion(Options):
     def loss(self, model: Callable[..., Any], batch: TrainingBatch) -> ObjectiveResult:
         x0 = batch.samples
         shape = (x0.shape[2],) if self.per == "frame" else ()
-        timestep = batch.draws.integers(Stream.TIMESTEP, self.num_train_timesteps, shape)
+        timestep = self.draw_timesteps(batch.draws, shape)
         noise = batch.draws.normal(Stream.NOISE, x0.shape[1:])
         x_t = add_noise(named_tables(self.schedule, self.num_train_timesteps), x0, noise, timestep)
         output = model(x_t, timestep=timestep, **batch.condition)

@@ -90,6 +90,7 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     ema: EMAModel | None,
     progress: Progress,
+    weighting: torch.nn.Module | None = None,
 ) -> None:
     """Writes `folder/step_XXXXXXXX` and drops all but the newest two. Every process must call."""
     tensors = {"model": network_tensors(network), "optimizer": _moments(network, optimizer)}
@@ -103,6 +104,8 @@ def save_state(
         names = [name for name, _ in network.named_parameters()]
         tensors["ema"] = {n: whole(v).clone().contiguous() for n, v in zip(names, ema.shadow_params, strict=True)}
         about["ema_step"] = ema.optimization_step
+    if weighting is not None:
+        tensors["weighting"] = network_tensors(weighting) | _moments(weighting, optimizer)
     if accelerator.is_main_process:
         target = folder / f"step_{progress.step:08d}"
         part = folder / f".{target.name}.part"
@@ -124,6 +127,7 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     ema: EMAModel | None,
     identity: str,
+    weighting: torch.nn.Module | None = None,
 ) -> Progress:
     """Restores the newest state of a run; a fresh `Progress` when there is none.
 
@@ -150,6 +154,10 @@ def load_state(
                 shadow.copy_(spread_like(averages[name], shadow))
             ema.optimization_step = about["ema_step"]
     _load_moments(network, optimizer, load_file(newest / "optimizer.safetensors"))
+    if weighting is not None:
+        stored = load_file(newest / "weighting.safetensors")
+        weighting.load_state_dict({name: stored[name] for name in weighting.state_dict()})
+        _load_moments(weighting, optimizer, stored)
     return Progress(about["step"], about["total"], about["pending"], identity)
 
 

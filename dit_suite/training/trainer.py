@@ -19,6 +19,7 @@ from dit_suite.training.build import (
     make_accelerator,
     make_optimizer,
     make_pipeline,
+    make_weighting,
     spread,
     unwrap,
 )
@@ -72,6 +73,7 @@ class Trainer:
             self.auxiliary = objective_class(config.auxiliary.name).from_dict(dict(config.auxiliary.options))
             self.auxiliary.attach(bare)
         self.attention = attach_attention(config, bare)
+        self.weighting = make_weighting(self.objective, config.run, self.accelerator)
         self.conditioner = make_conditioner(config, self.source, bare)
         make_pipeline(config, bare)
         device = self.accelerator.device
@@ -82,7 +84,7 @@ class Trainer:
         self.module = spread(bare, run, self.accelerator)
         self.network = Network(self.module, dict(config.model.call))
         self.bare = unwrap(self.module)
-        self.optimizer = make_optimizer(self.bare, config.optimizer, device)
+        self.optimizer = make_optimizer(self.bare, config.optimizer, device, self.weighting)
         self.ema = None
         if config.ema.decay > 0:
             self.ema = EMAModel(
@@ -114,8 +116,11 @@ class Trainer:
         """Scalar loss, the objective's result and what to log."""
         with self.accelerator.autocast():
             result = self.objective.loss(network, batch)
-            total = result.loss.mean()
+            total = result.loss.mean() if self.weighting is None else self.weighting(result.loss, result.timestep)
             parts = {name: value.detach().mean() for name, value in result.parts.items()}
+            if self.weighting is not None:
+                parts["unweighted"] = result.loss.detach().mean()
+                parts |= {f"weight_{index}": weight for index, weight in enumerate(self.weighting.weights())}
             if self.auxiliary is not None:
                 extra = self.auxiliary.loss(batch, result).mean()
                 parts["auxiliary"] = extra.detach()
@@ -125,7 +130,7 @@ class Trainer:
 
     def _count_flops(self, bare: torch.nn.Module) -> float:
         """Operations per sample of a forward and backward pass, as torch's counter sees them."""
-        count = min(2, self.config.run.batch_size)
+        count = min(2, self.config.run.batch_size) if self.weighting is None else self.weighting.clusters
         batch = self.batch(0, torch.arange(count))
         network = Network(bare, dict(self.config.model.call))
         try:
@@ -151,7 +156,7 @@ class Trainer:
         run = self.config.run
         rate = learning_rate(self.config.optimizer, step, total)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group.get("constant_lr", rate)
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, torch.Tensor] = {}
         for micro in range(run.accumulation):
@@ -164,6 +169,9 @@ class Trainer:
         limit = self.config.optimizer.clip or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.bare.parameters(), limit)
         sums["gradient_norm"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.weighting is not None:
+            shared = self.weighting.log_variance.grad
+            shared.copy_(self.accelerator.reduce(shared, reduction="mean"))
         self.optimizer.step()
         if self.ema is not None:
             self.ema.step(self.bare.parameters())
@@ -208,7 +216,7 @@ class Trainer:
 
     def _save(self) -> None:
         folder = self.config.output / "state"
-        save_state(folder, self.accelerator, self.bare, self.optimizer, self.ema, self.progress)
+        save_state(folder, self.accelerator, self.bare, self.optimizer, self.ema, self.progress, self.weighting)
 
     def _log(self, monitor: Monitor, since: int) -> None:
         """One line: means of the pending steps, the present rate, throughput."""
@@ -243,7 +251,7 @@ class Trainer:
             write_text(config.output / "config.yaml", config_text(config))
         self.accelerator.wait_for_everyone()
         self.progress = progress = load_state(
-            config.output / "state", self.bare, self.optimizer, self.ema, progress.identity
+            config.output / "state", self.bare, self.optimizer, self.ema, progress.identity, self.weighting
         )
         progress.total = progress.total or run.max_steps
         provisional = progress.total or 10**9

@@ -83,6 +83,21 @@ def fold_modulation(linear: nn.Linear, shift: torch.Tensor, scale: torch.Tensor)
 
 
 @torch.no_grad()
+def start_pixart(teacher: PixArtTransformer2DModel, student: PixArtTransformer2DModel, layers: Sequence[int]) -> None:
+    """Fills a shallower PixArt from teacher layers; all else is copied. The dense twin of `start_pt_dit`.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    check_teacher(teacher, student, layers)
+    for name in ("pos_embed", "adaln_single", "caption_projection", "proj_out"):
+        copy(getattr(student, name), getattr(teacher, name))
+    student.scale_shift_table.copy_(teacher.scale_shift_table)
+    for block, layer in zip(student.transformer_blocks, layers, strict=True):
+        copy(block, teacher.transformer_blocks[layer])
+
+
+@torch.no_grad()
 def start_pt_dit(
     teacher: PixArtTransformer2DModel,
     student: PTDiTTransformer3DModel,

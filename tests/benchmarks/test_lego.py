@@ -75,5 +75,7 @@ def test_one_run_of_skipping_and_panorama(tmp_path):
     given = f"--model {tmp_path / 'model'} --data {fixture} --breaks 0 --samples 2 --steps 2 --panoramas 1"
     args = parser.parse_args([*given.split(), "--panorama-width", "40"])
     rows = lego.run(args)["rows"]
-    assert [row["setting"] for row in rows] == ["t_break 0", "t_break 0", "16 x 40 panorama"]
-    assert rows[1]["psnr_median"] == 100.0 and rows[2]["seam_ratio"] > 0
+    assert [row["setting"] for row in rows] == [
+        "t_break 0", "t_break 0", "16 x 40 panorama, overlap", "16 x 40 panorama, drift",
+    ]  # fmt: skip
+    assert rows[1]["psnr_median"] == 100.0 and rows[2]["seam_ratio"] > 0 and rows[3]["border_ratio"] > 0

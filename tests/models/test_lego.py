@@ -13,7 +13,9 @@ from dit_suite.converters import ConversionError
 from dit_suite.converters import lego as converter
 from dit_suite.golden import lego as golden
 from dit_suite.golden import read_fixture, section
+from dit_suite.models.dit import DiTModel
 from dit_suite.models.lego import LegoTransformer2DModel, lego_config
+from dit_suite.training.config import load_config
 from dit_suite.training.draws import Draws
 from dit_suite.training.objectives import EDM, TrainingBatch
 
@@ -78,6 +80,8 @@ def test_stopping_early_is_a_prefix_and_later_bricks_do_not_run():
     for stop in range(3):
         assert torch.equal(model(*inputs(), stop_after=stop).sample, bricks[stop])
     assert calls == [3, 2, 1]
+    shorter = model(*inputs(), stop_after=1, output_bricks=True).bricks
+    assert len(shorter) == 2 and torch.equal(shorter[1], bricks[1]) and calls == [4, 3, 1]
     assert (bricks[1] - bricks[2]).abs().max() > 1e-2
 
 
@@ -140,13 +144,38 @@ def test_larger_canvases_are_their_blocks_with_global_coordinates():
 
 
 @torch.no_grad()
-def test_one_brick_of_the_whole_canvas_is_one_attention_span():
-    """Fact 6: attention joins all tokens."""
-    model = tiny(brick_sizes=(16,), patch_sizes=(4,), brick_depths=(1,))
-    spans = []
-    model.bricks[0].blocks[0].attn.register_forward_pre_hook(lambda module, args: spans.append(tuple(args[0].shape)))
-    model(*inputs())
-    assert spans == [(2, 16, 16)]
+def test_one_brick_of_the_whole_canvas_is_a_dit_with_coordinate_channels():
+    """Fact 6, against the suite's DiT: same weights, the picture's rows of its last layer, labels as table rows."""
+    model = tiny(brick_sizes=(16,), patch_sizes=(4,), brick_depths=(2,))
+    shape = {"sample_size": 16, "patch_size": 4, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+    dit = DiTModel(**shape, in_channels=5, num_classes=5, learn_sigma=False).eval()
+    brick, table = model.bricks[0], dit.label_embed.embedding_table.weight
+    dit.patch_embed.load_state_dict(brick.patch_embed.state_dict())
+    dit.time_embed.load_state_dict(model.time_embed.state_dict())
+    dit.transformer_blocks.load_state_dict(brick.blocks.state_dict())
+    dit.final_layer.adaln.load_state_dict(brick.final_layer.adaln.state_dict())
+    table.copy_(torch.cat([model.label_embed.weight.T, torch.zeros(1, 16)]) + model.label_embed.bias)
+    for ours, theirs in zip(dit.final_layer.linear.parameters(), brick.final_layer.linear.parameters(), strict=True):
+        ours.unflatten(0, (16, 5))[:, :3] = theirs.unflatten(0, (16, 3))
+    x, t, y = inputs()
+    places = model.coordinates(16, 16, x).expand(2, -1, -1, -1)
+    wanted = dit(torch.cat([x, places], dim=1), t, y).sample[:, :3]
+    torch.testing.assert_close(model(x, t, y).sample, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(x, t).sample, dit(torch.cat([x, places], 1), t, y * 0 + 5).sample[:, :3])
+
+
+@pytest.mark.parametrize("preset", ["emoji_lego_64", "emoji_lego_64_cpu", "shapes_lego_16"])
+def test_the_skippable_brick_of_a_preset_holds_three_quarters_of_the_products(preset):
+    config = load_config(Path(__file__).parents[2] / "configs" / f"{preset}.yaml").model.options
+
+    def products(**choice) -> int:
+        side = config["sample_size"]
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model = LegoTransformer2DModel(**config)
+            model(torch.zeros(1, 3, side, side), torch.zeros(1), torch.zeros(1).long(), **choice)
+        return counter.get_total_flops()
+
+    assert products(stop_after=len(config["brick_sizes"]) - 2) <= 0.25 * products()
 
 
 def test_sizes_that_do_not_fit():

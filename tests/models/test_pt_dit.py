@@ -3,6 +3,7 @@
 import argparse
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,15 +16,16 @@ from dit_suite.converters import ConversionError
 from dit_suite.converters import pt_dit as converter
 from dit_suite.golden import pt_dit as golden
 from dit_suite.golden import read_fixture, section
-from dit_suite.models.dit_blocks import from_windows, sincos_2d, to_windows
+from dit_suite.models import pt_dit
+from dit_suite.models.dit_blocks import AttentionProcessor, from_windows, sincos_2d, to_windows
 from dit_suite.models.pt_dit import (
     PT_DIT_SIZES,
     PTDiTTransformer3DModel,
-    Reorder,
     attention_mac_share,
     pick_compress_ratios,
-    window_layout,
 )
+from dit_suite.models.pt_dit_lean import can_run_lean
+from dit_suite.models.shifted_windows import Reorder, window_layout
 from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp, warped_timesteps
 
 FIXTURES = sorted((Path(__file__).parents[1] / "golden").glob("pt_dit_*.safetensors"))
@@ -78,6 +80,17 @@ def test_golden(path):
     results = golden.check(*read_fixture(path))
     assert len(results) >= 10
     assert [r for r in results if not r.passed] == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda p: p.stem)
+def test_golden_output_of_lean_blocks(path, monkeypatch):
+    """The check runs blocks as written, for it hooks them and the pictures are small."""
+    monkeypatch.setattr(pt_dit, "can_run_lean", lambda *_: True)
+    tensors, config = read_fixture(path)
+    given, model = section(tensors, "input"), golden.build(tensors, config)
+    out = model(given["latent"], given["text_embeds"], given["timestep"], encoder_attention_mask=given["text_mask"])
+    torch.testing.assert_close(out.sample, tensors["output.model"], atol=golden.FORWARD_TOLERANCE, rtol=0)
 
 
 def test_the_golden_check_notices_a_changed_weight():
@@ -146,6 +159,18 @@ def test_one_window_injects_one_vector_into_every_token():
     added = block.interact_globally(tokens, proxies) - tokens
     torch.testing.assert_close(added, added[:, :1].expand_as(added), atol=1e-6, rtol=0)
     assert (added[0, 0] - added[1, 0]).abs().max() > 1e-3
+
+
+def test_a_window_over_the_whole_grid_is_full_attention():
+    """Fact 3."""
+    model = awake(tiny(num_layers=1, shift_window=False))
+    block = model.transformer_blocks[0]
+    tokens = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(4))
+    layout = window_layout((1, 8, 8), (1, 8, 8), (1, 8, 8), (0, 4, 4), tokens.device)
+    shift, scale, gate = block.scale_shift_table[:3]
+    injected = block.interact_globally(tokens, tokens.mean(dim=1, keepdim=True))
+    wanted = injected + gate * block.attn1(block.norm1(injected) * (1 + scale) + shift)
+    torch.testing.assert_close(block.attend(tokens, torch.zeros(1, 6, 32), layout), wanted, atol=1e-5, rtol=0)
 
 
 def test_fresh_global_and_shifted_paths_add_nothing_and_awake_ones_couple_windows():
@@ -222,6 +247,8 @@ def test_attention_share_by_torchs_counter(tokens, window, percent):
         ours = count(lambda: block.interact_globally(hidden, proxies)) + 2 * count(lambda: block.attn1(windows))
         full = count(lambda: block.attn1(hidden))
     assert full == 2 * 2 * tokens**2 * 32
+    proxies_count = tokens // window
+    assert ours == 2 * 2 * 32 * (proxies_count**2 + tokens * proxies_count + 2 * tokens * window)
     assert ours / full == pytest.approx(attention_mac_share(tokens, window), rel=1e-9)
     assert 100 * ours / full == pytest.approx(percent, abs=1e-3)
 
@@ -258,6 +285,64 @@ def test_rows_and_columns_keep_their_places_on_a_wide_canvas():
     assert torch.equal(table[1, :, 8:20], table[3, :, 8:20])
     assert torch.equal(table[:, 1, 20:], table[:, 5, 20:])
     torch.testing.assert_close(table[2, 0, 20], torch.tensor(2.0).sin())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"shift_window": [True, False]}, {"proxy_mode": "first"}])
+def test_lean_blocks_are_the_blocks(changes, monkeypatch):
+    """The short cuts of CPU inference against the block as written: queries projected (long text) or not, one noise
+    level for the batch or one per sample, masked text."""
+    model = awake(tiny(compress_ratios=None, **changes))
+    calls = []
+    lean = pt_dit.lean_block
+    monkeypatch.setattr(pt_dit, "lean_block", lambda *given: calls.append(1) or lean(*given))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+    for size, length in (((16, 32), 5), ((32, 32), 80)):
+        given = inputs(size=size) | {"encoder_hidden_states": torch.randn(2, length, 8)}
+        for timestep in (torch.tensor([10.0, 900.0]), torch.tensor(400.0).expand(2), torch.tensor([400.0])):
+            for text_mask in (None, mask if length == 5 else torch.arange(80).expand(2, -1) < 70):
+                call = given | {"timestep": timestep, "encoder_attention_mask": text_mask}
+                short = model(**call).sample
+                with torch.enable_grad():
+                    torch.testing.assert_close(short, model(**call).sample.detach(), atol=2e-5, rtol=1e-5)
+    assert len(calls) == 2 * 12
+
+
+@torch.no_grad()
+def test_touched_blocks_run_as_written():
+    """Hooks, wrapped layers, other processors, other types: nothing is bypassed."""
+    model = awake(tiny())
+    tokens = torch.zeros(1, 128, 32)
+    assert can_run_lean(model.transformer_blocks, tokens)
+    seen = []
+    handle = model.transformer_blocks[1].attn2.to_q.register_forward_hook(lambda *_: seen.append(1))
+    model(**inputs(size=(16, 32)))
+    handle.remove()
+    assert seen == [1] and can_run_lean(model.transformer_blocks, tokens)
+
+    class Replaced(AttentionProcessor):
+        pass
+
+    def processor(block):
+        block.attn1.set_processor(Replaced())
+
+    def wrapped(block):
+        block.ff.forward = block.ff.forward
+
+    def adapted(block):
+        block.attn3.to_v = torch.nn.Sequential(block.attn3.to_v)
+        block.attn3.to_v.weight = block.attn3.to_v[0].weight
+
+    def backend(block):
+        block.pvisual_attn2.set_attention_backend("native")
+
+    for change in (processor, wrapped, adapted, backend, lambda block: block.double(), lambda block: block.compile()):
+        model = awake(tiny())
+        change(model.transformer_blocks[0])
+        assert not can_run_lean(model.transformer_blocks, tokens)
+    assert not can_run_lean([], tokens.double()) and not can_run_lean([], tokens[:, :64])
+    with torch.enable_grad():
+        assert not can_run_lean([], tokens)
 
 
 def test_masked_text_has_no_effect_and_visible_text_has():
@@ -311,6 +396,21 @@ def test_timestep_warp():
     scheduler.set_timesteps(sigmas=flow_sigmas(7))
     torch.testing.assert_close(scheduler.timesteps, warped_timesteps(7, 2.0), atol=1e-3, rtol=0)
     assert scheduler.sigmas[0] == 1 and scheduler.sigmas[-1] == 0
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_sampling_a_constant_velocity_adds_it_once(guidance):
+    """Fact 15: the steps sum to one, and guidance 1 is the conditional branch."""
+    tensors, config = read_fixture(next(path for path in FIXTURES if path.stem == "pt_dit_image"))
+    velocities = torch.tensor([0.7, -0.2]).reshape(2, 1, 1, 1, 1)
+
+    def constant(latents, *given, **more):
+        return SimpleNamespace(sample=velocities.expand_as(latents))
+
+    constant.config = SimpleNamespace(in_channels=4)
+    made = golden.sample(constant, tensors, config["sample"] | {"cfg_scale": guidance})["sample_final"]
+    wanted = tensors["input.sample_noise"] - 0.2 + guidance * 0.9
+    torch.testing.assert_close(made, wanted, atol=1e-5, rtol=0)
 
 
 def test_converter_is_strict(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from dit_suite.converters import ConversionError
 from dit_suite.converters import switch_dit as converter
@@ -20,7 +21,6 @@ from dit_suite.training.auxiliary import (
     diffusion_prior,
     match_units,
     prior_loss,
-    uncertainty_weighted,
     uniform_gate_divergence,
 )
 from dit_suite.training.objectives import ObjectiveResult
@@ -230,15 +230,32 @@ def test_prior_loss_for_the_trainer_teaches_the_gates():
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_uncertainty_weighting():
-    """Fact 11."""
-    losses = torch.rand(16)
-    t = torch.arange(16) * 125 // 2
-    means = losses.reshape(8, 2).mean(1)
-    fresh = uncertainty_weighted(losses, t, torch.zeros(8), 1000)
-    assert fresh.item() == pytest.approx(0.5 * means.mean().item(), abs=1e-6)
-    with pytest.raises(ValueError, match="every one of the 8 timestep clusters"):
-        uncertainty_weighted(losses, torch.zeros(16), torch.zeros(8), 1000)
+@pytest.mark.parametrize("experts", [3, 6])
+def test_active_experts_decide_the_cost(experts):
+    """Fact 9: k T D^2 products per sample whatever E is; parameters grow with E."""
+    router = tiny(num_experts=experts).routers[0]
+    hidden, embedding = torch.zeros(2, 16, 32), torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    gates = router.gates(embedding)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        router.mix_grouped(hidden, gates)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 16 * 32**2)
+    assert sum(p.numel() for p in router.parameters()) == experts * (32**2 + 32 + 32 + 1)
+
+
+@torch.no_grad()
+def test_guidance_halves_share_their_experts():
+    """Fact 4: the class and the picture do not reach the gate."""
+    model = tiny()
+    seen = []
+    mixture = model.mixture
+    model.mixture = lambda layer, hidden, embedding, merged: (
+        seen.append(merged) or mixture(layer, hidden, embedding, merged)
+    )
+    x, _, y = inputs()
+    for pictures, labels in ((x, y), (x.flip(0), y), (x, torch.full_like(y, 5))):
+        model(pictures, torch.tensor([300, 300, 300]), labels)
+    first = seen[0]
+    assert len(first[0][0]) == 1 and all(other is first for other in seen)
 
 
 def test_channel_masks():
@@ -248,6 +265,8 @@ def test_channel_masks():
     assert (model.channel_table.sum(1) == 25).all()
     start = sliding_window(1000, 384, 307).argmax(1)
     assert start[-1] == 77 and start[0] == 0
+    differing = sliding_window(1000, 384, 307).diff(dim=0).abs().sum(1)
+    assert torch.equal(differing, 2.0 * start.diff())
     with torch.no_grad():
         x, t, y = inputs()
         rows = torch.cat([model(x[i : i + 1], t[i : i + 1], y[i : i + 1]).sample for i in range(3)])

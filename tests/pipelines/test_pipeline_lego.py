@@ -1,6 +1,7 @@
 """LEGO sampling: bricks that are skipped do not run, canvases, guidance, per-sample randomness, bad input."""
 
 import inspect
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,13 @@ from dit_suite.golden import lego as golden
 from dit_suite.golden import read_fixture
 from dit_suite.models.lego import LegoTransformer2DModel
 from dit_suite.options import fields_of
-from dit_suite.pipelines.pipeline_lego import LegoPipeline, skipped_steps, window_starts, window_weights
+from dit_suite.pipelines.pipeline_lego import (
+    LegoPipeline,
+    skipped_steps,
+    window_offset,
+    window_starts,
+    window_weights,
+)
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.schedulers.step_plan import current_step
@@ -144,8 +151,8 @@ def test_canvases_that_are_not_square_or_trained():
         run(pipe, canvas="overlap"), run(pipe, canvas="grid"), atol=1e-5
     )
     for bad, message in (
-        ({"height": 16, "width": 36}, "width 36 does not fit the overlap canvas: it takes multiples of 8 from 16 up"),
-        ({"height": 8, "width": 16}, "height 8 does not fit the overlap canvas"),
+        ({"height": 16, "width": 36}, "width 36 does not fit the drift canvas: it takes multiples of 8 from 16 up"),
+        ({"height": 8, "width": 16}, "height 8 does not fit the drift canvas"),
         (
             {"height": 16, "width": 24, "canvas": "grid"},
             "width 24 does not fit the grid canvas: it takes multiples of 16",
@@ -185,6 +192,24 @@ def test_overlapping_windows_leave_no_seam():
     overlap = pipe.run_network(canvas, -0.5, labels, "overlap", None)
     assert seam_ratio(grid, [16, 32]) > 10
     assert seam_ratio(overlap, [8, 16, 24, 32, 40]) < 1.1
+
+
+def test_drifting_windows_cover_the_canvas_with_other_borders_in_every_step():
+    offsets = [window_offset(step, 64) for step in range(32)]
+    assert sorted(offsets) == list(range(32)) and offsets[0] == 0
+    for offset in offsets:
+        starts = window_starts(160, 64, offset)
+        assert starts[0] == 0 and starts[-1] == 96 and max(b - a for a, b in pairwise(starts)) <= 32
+    assert window_starts(64, 64, 13) == [0]
+    pipe = make()
+    seen = []
+    inner = pipe.transformer.forward
+    pipe.transformer.forward = lambda *given, **more: seen.append(len(given[0])) or inner(*given, **more)
+    drifting = run(pipe, height=16, width=40, canvas="drift")
+    assert seen == [16] * 2 + [20] * 5
+    assert drifting.isfinite().all() and not torch.equal(drifting, run(pipe, height=16, width=40, canvas="overlap"))
+    assert torch.equal(drifting, run(pipe, height=16, width=40))
+    assert torch.equal(run(pipe, canvas="drift"), run(pipe, canvas="overlap"))
 
 
 def test_window_layout():

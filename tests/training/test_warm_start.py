@@ -17,6 +17,7 @@ from dit_suite.training.warm_start import (
     most_used_units,
     spread_layers,
     start_dit,
+    start_pixart,
     start_pt_dit,
 )
 from scripts import warm_start as script
@@ -47,6 +48,17 @@ def inputs() -> dict[str, torch.Tensor]:
 def proxies(**changes) -> PTDiTTransformer3DModel:
     shape = SHAPE | {"in_channels": 3, "out_channels": 3, "caption_channels": 8, "time_share": 0.0} | changes
     return PTDiTTransformer3DModel(**shape).eval()
+
+
+@torch.no_grad()
+def test_a_pixart_of_all_layers_is_its_teacher():
+    source = teacher()
+    student = PixArtTransformer2DModel.from_config(source.config).eval()
+    start_pixart(source, student, [0, 1])
+    wanted = source(**inputs(), added_cond_kwargs=ADDED).sample
+    assert torch.equal(student(**inputs(), added_cond_kwargs=ADDED).sample, wanted)
+    start_pixart(source, student, [1, 1])
+    assert (student(**inputs(), added_cond_kwargs=ADDED).sample - wanted).abs().max() > 1e-3
 
 
 @torch.no_grad()
