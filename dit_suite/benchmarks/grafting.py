@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
         help="of the pictures, and of stage 2's autocast; bfloat16 pays on processors with AMX or AVX512-BF16",
     )
     parser.add_argument("--seed", type=int, default=0)
@@ -116,9 +118,7 @@ class Bench:
             num_inference_steps=self.args.num_inference_steps, guidance_scale=self.args.guidance_scale
         )
 
-    def job(
-        self, checkpoint: Checkpoint, captions: tuple[str, ...], batch_size: int, dtype: str = "float32"
-    ) -> Any:
+    def job(self, checkpoint: Checkpoint, captions: tuple[str, ...], batch_size: int, dtype: str = "float32") -> Any:
         """A sampling job for these captions."""
         from dit_suite.sampling import SamplingJob
 

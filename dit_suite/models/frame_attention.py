@@ -1,4 +1,4 @@
-"""How the tokens of a pass over frames find their keys: by the slices a growing cache has, or in buffers of one shape."""
+"""How the tokens of a pass over frames find their keys: by slices of a growing cache, or in buffers of one shape."""
 
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class FixedInputs(NamedTuple):
 
     Attributes:
         cos, sin: rotary tables of the frames of the pass.
-        readable: bool `(frames, slots + frames)`: which slots of the cache, then which frames of the pass, a frame reads.
+        readable: bool `(frames, slots + frames)`: which slots of the cache, then which frames of the pass, each reads.
         slots: int64 `(written,)`, the slots that take the leading frames of the pass.
         before, before_level: the frame before the first one of the pass and its level, `velocity_from_residual`.
     """

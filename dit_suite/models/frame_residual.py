@@ -22,7 +22,7 @@ def velocity_from_residual(
     A frame x0 is seen twice: in `sample = (1-s) x0 + s n`, and in the frame before it, which differs from x0 by a
     change of standard deviation tau and is itself noisy, at level s'. With a prior of standard deviation sigma they add
     up to a Gaussian of mean m and deviation d, and the answer r means x0 = m + d r (Karras et al., "Elucidating the
-    design space", section 5, with a second look). As a velocity `(sample - x0) / s` every term is finite from s = 0 to 1:
+    design space", section 5, with a second look). As a velocity `(sample - x0) / s` every term is finite for s in [0, 1]:
 
         u = (1-s') / (tau^2 (1-s')^2 + s'^2),  w = (1-s') u + 1 / sigma^2,  e = (1-s)^2 + s^2 w
         v = ((s w - (1-s)) sample - s u before) / e - r / sqrt(e)
@@ -39,6 +39,14 @@ def velocity_from_residual(
     total = (1 - s).square() + s.square() * weight
     known = (s * weight - (1 - s)) * sample - s * look * before
     return known / total - residual / total.sqrt()
+
+
+def shifted(
+    frames: torch.Tensor, levels: torch.Tensor, first: torch.Tensor, first_level: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The frame before each of `frames`, `first` for the first one, and its level."""
+    before = torch.cat([first[:, :, None], frames[:, :, :-1]], dim=2)
+    return before, torch.cat([first_level[:, None], levels[:, :-1]], dim=1)
 
 
 def warp(frames: torch.Tensor, motion: torch.Tensor) -> torch.Tensor:

@@ -137,7 +137,7 @@ class FrameCache(BlockKVCache):
             self.frames[slot], self.levels[slot] = frames[:, :, i], levels[:, i]
 
     def last_frame(self, frame: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last readable frame `(batch, channels, height, width)` and its level; the arguments when there is none."""
+        """The last readable frame `(batch, channels, height, width)` and its level; the arguments if there is none."""
         if self.length <= self.oldest:
             return frame, level
         slot = (self.length - 1) % self.num_slots

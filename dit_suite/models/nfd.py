@@ -22,10 +22,11 @@ from dit_suite.models.block_causal import (
     BlockCausalAttention,
     block_causal_pattern,
     rope_tables,
+    skip_causal_pattern,
     split_head_dim,
 )
 from dit_suite.models.frame_attention import FixedAttention, FixedInputs, FrameAttention
-from dit_suite.models.frame_residual import velocity_from_residual, warp
+from dit_suite.models.frame_residual import shifted, velocity_from_residual, warp
 from dit_suite.models.kv_cache import FrameCache
 
 TIME_FEATURES = 128
@@ -193,10 +194,9 @@ class NFDTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         levels: torch.Tensor,
         before: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        """The last layer of tokens read against the frame before each: of this pass, and of `before` for the first."""
+        """The last layer of tokens read against the frame `before` each frame, and its level."""
         config, residual = self.config, self._unpatchify(self.proj_out(tokens))
-        before_frames = torch.cat([before[0][:, :, None], frames[:, :, :-1]], dim=2)
-        before_levels = torch.cat([before[1][:, None], levels[:, :-1]], dim=1)
+        before_frames, before_levels = before
         if self.proj_motion is not None:
             motion = config.patch_size * self.proj_motion(tokens).float().unflatten(2, self.grid)
             before_frames = warp(before_frames, motion.permute(0, 1, 4, 2, 3))
@@ -223,7 +223,9 @@ class NFDTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 h = block(h, condition, tables, attention, layer)
         shift, scale = self.modulation_out(condition)[:, :, None].chunk(2, dim=-1)
         h = self.norm_out(h) * (1 + scale) + shift
-        return self._velocity(h, frames, levels, before) if self.config.frame_std else self._unpatchify(self.proj_out(h))
+        return (
+            self._velocity(h, frames, levels, before) if self.config.frame_std else self._unpatchify(self.proj_out(h))
+        )
 
     def tables(self, first_frame: int, num_frames: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotary tables of frames `first_frame ..`."""
@@ -231,7 +233,12 @@ class NFDTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return rope_tables(self._positions(first_frame, num_frames, self.device), self.rope_dims, bases, "axial")
 
     def fixed_pass(
-        self, frames: torch.Tensor, levels: torch.Tensor, actions: torch.Tensor, buffer: torch.Tensor, inputs: FixedInputs
+        self,
+        frames: torch.Tensor,
+        levels: torch.Tensor,
+        actions: torch.Tensor,
+        buffer: torch.Tensor,
+        inputs: FixedInputs,
     ) -> torch.Tensor:
         """`forward` with a cache, in shapes that do not depend on the frame's index; for `torch.compile` and graphs.
 
@@ -241,8 +248,8 @@ class NFDTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             inputs: see `dit_suite.schedulers.fixed_pass`, which calls this.
         """
         attention = FixedAttention(buffer, self.tokens_per_frame, inputs)
-        tables, before = (inputs.cos, inputs.sin), (inputs.before, inputs.before_level)
-        return self._run(frames, levels, actions, tables, attention, before)
+        before = shifted(frames, levels, inputs.before, inputs.before_level)
+        return self._run(frames, levels, actions, (inputs.cos, inputs.sin), attention, before)
 
     def forward(
         self,
@@ -253,6 +260,8 @@ class NFDTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         kv_cache: FrameCache | None = None,
         num_written: int = 0,
         backend: str = "auto",
+        context: torch.Tensor | None = None,
+        context_timestep: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """One pass over consecutive frames.
@@ -265,6 +274,9 @@ class NFDTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             kv_cache: frames before `first_frame`; its length must be `first_frame`.
             num_written: leading frames of this pass whose keys and values are stored.
             backend: see `attend`.
+            context: for training, finished copies of all frames but the last `(batch, channels, frames - 1, height,
+                width)` at the levels `context_timestep` `(batch, frames - 1)`: a noisy frame reads the finished ones
+                before it and itself, as when sampling, and all frames of a clip are learned at once (ACDiT's layout).
 
         Returns:
             Velocity, shaped like `hidden_states`.
@@ -282,6 +294,9 @@ class NFDTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"actions must be (batch, frames, num_actions) = {wanted}, got {tuple(actions.shape)}")
         if timestep.ndim < 2:
             timestep = timestep.reshape(-1, 1).expand(batch, frames)
+        if context is not None:
+            sample = self._with_context(hidden_states, timestep, actions, context, context_timestep, backend)
+            return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
         first_past = first_frame
         if kv_cache is not None:
             if kv_cache.length != first_frame or num_written > frames:
@@ -295,16 +310,42 @@ class NFDTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if kv_cache is not None and backend == "auto":
             backend = "index"
         attention = FrameAttention(pattern, backend, kv_cache, (first_past, first_frame, num_written))
-
-        before = torch.zeros_like(hidden_states[:, :, 0]), torch.ones_like(timestep[:, 0])
+        first = torch.zeros_like(hidden_states[:, :, 0]), torch.ones_like(timestep[:, 0])
         if kv_cache is not None and config.frame_std:
-            before = kv_cache.last_frame(*before)
-        tables = self.tables(first_frame, frames)
-        sample = self._run(hidden_states, timestep, actions, tables, attention, before)
+            first = kv_cache.last_frame(*first)
+        before = shifted(hidden_states, timestep, *first)
+        sample = self._run(hidden_states, timestep, actions, self.tables(first_frame, frames), attention, before)
         if kv_cache is not None:
             kv_cache.write_frames(hidden_states[:, :, :num_written], timestep[:, :num_written])
             kv_cache.advance(num_written)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _with_context(
+        self,
+        frames: torch.Tensor,
+        levels: torch.Tensor,
+        actions: torch.Tensor,
+        context: torch.Tensor,
+        context_levels: torch.Tensor,
+        backend: str,
+    ) -> torch.Tensor:
+        """Velocity of noisy frames, each beside the finished ones before it: one pass over [finished | noisy]."""
+        count, kept = frames.shape[2], frames.shape[2] - 1
+        if count > self.config.window or context.shape[2] != kept:
+            raise ValueError(
+                f"{count} frames of a window of {self.config.window} need {kept} finished ones, got {context.shape[2]}"
+            )
+        pattern = skip_causal_pattern(count, self.tokens_per_frame, drop_last_clean=True)
+        attention = FrameAttention(pattern, backend, None, (0, 0, 0))
+        none = torch.zeros_like(frames[:, :, 0]), torch.ones_like(levels[:, 0])
+        early = shifted(context, context_levels, *none)
+        before = (
+            torch.cat([early[0], none[0][:, :, None], context], 2),
+            torch.cat([early[1], none[1][:, None], context_levels], 1),
+        )
+        tables = tuple(torch.cat([table[: kept * self.tokens_per_frame], table]) for table in self.tables(0, count))
+        both = torch.cat([context, frames], 2), torch.cat([context_levels, levels], 1)
+        return self._run(*both, torch.cat([actions[:, :kept], actions], 1), tables, attention, before)[:, :, kept:]
 
 
 NFD_SIZES = {
