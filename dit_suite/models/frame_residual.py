@@ -21,8 +21,8 @@ def velocity_from_residual(
 
     A frame x0 is seen twice: in `sample = (1-s) x0 + s n`, and in the frame before it, which differs from x0 by a
     change of standard deviation tau and is itself noisy, at level s'. With a prior of standard deviation sigma they add
-    up to a Gaussian of mean m and deviation d, and the answer r means x0 = m + d r (Karras et al., "Elucidating the
-    design space", section 5, with a second look). As a velocity `(sample - x0) / s` every term is finite for s in [0, 1]:
+    up to a Gaussian of mean m and deviation d; the answer r means x0 = m + d r (Karras et al., "Elucidating the design
+    space", section 5, with a second look). As a velocity `(sample - x0) / s` every term is finite for s = 0 .. 1:
 
         u = (1-s') / (tau^2 (1-s')^2 + s'^2),  w = (1-s') u + 1 / sigma^2,  e = (1-s)^2 + s^2 w
         v = ((s w - (1-s)) sample - s u before) / e - r / sqrt(e)
