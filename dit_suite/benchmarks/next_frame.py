@@ -4,8 +4,8 @@ All variants of a row group are timed in turns in one run, so that a loaded mach
 medians per frame, in a speculative game of each kind of frame (a hit, or a draft that writes m frames). Its player
 repeats the last action with probability p, and it is compared with `A(p, N) c(1) / c(N)`. As a draft writes the frames
 that the one before it brought, c(N) is the mean of the times of drafts over m as such a player makes them;
-`predicted_from_drafts` puts the frames per draft of that very game in the place of A(p, N), which a game of finite length
-meets only roughly.
+`predicted_from_drafts` puts the frames per draft of that very game in the place of A(p, N), which a finite game meets
+only roughly.
 
 On a GPU: `--shape 310m --steps 4 --dtype bfloat16 --device cuda --fixed-passes compiled` (not run yet on any).
 """
