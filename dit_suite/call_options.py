@@ -120,6 +120,12 @@ class NFDOptions(Options):
     context_mode: str = option(
         "rolling", "how the past is kept", choices=("rolling", "recompute", "none"), advanced=True
     )
+    fixed_passes: str = option(
+        "off",
+        "passes of one shape: off, eager, or compiled (a CUDA graph on a GPU)",
+        choices=("off", "eager", "compiled"),
+        advanced=True,
+    )
     fps: int = option(8, "frames per second of the file", minimum=1, maximum=60, advanced=True)
 
 

@@ -199,6 +199,7 @@ class NFDPipeline(SamplingMixin, DiffusionPipeline):
         adaptive_draft: bool = False,
         context_noise: float | None = None,
         context_mode: str = "rolling",
+        fixed_passes: str = "off",
         fps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -221,6 +222,8 @@ class NFDPipeline(SamplingMixin, DiffusionPipeline):
             adaptive_draft: choose the draft length from how long actions are held.
             context_noise: noise level of finished frames; default: what the weights were trained with.
             context_mode: "rolling" (key-value cache), "recompute" (window encoded for each frame) or "none".
+            fixed_passes: "compiled" runs every pass in one shape through `torch.compile`, on a GPU as a CUDA graph;
+                "eager" does the same uncompiled.
             fps: not used here; the frame rate of a written file.
             generator: one for the batch, or one per clip.
             latents: initial noise of the generated frames `(batch, channels, frames, height, width)`.
@@ -251,6 +254,7 @@ class NFDPipeline(SamplingMixin, DiffusionPipeline):
             num_inference_steps=self.config.default_steps if num_inference_steps is None else num_inference_steps,
             context_noise=self.config.context_noise if context_noise is None else context_noise,
             context_mode=context_mode,
+            fixed_passes=fixed_passes,
         )
         drafting = SpeculativeOptions(speculation=speculation, draft_length=draft_length, adaptive_draft=adaptive_draft)
         self.check_inputs(

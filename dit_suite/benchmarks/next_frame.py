@@ -1,9 +1,13 @@
 """Frames per second of Next-Frame Diffusion: without cache, with cache, with cache and speculation.
 
 All variants of a row group are timed in turns in one run, so that a loaded machine slows them alike; reported are
-medians per frame. Speculation is measured under a player who repeats the last action with a given probability, and
-compared with what `A(p, N) c(1) / c(N)` predicts from the measured draft times; `predicted_from_drafts` puts the frames
-per draft of that very game in the place of A(p, N), which a short game meets only roughly.
+medians per frame, in a speculative game of each kind of frame (a hit, or a draft that writes m frames). Its player
+repeats the last action with probability p, and it is compared with `A(p, N) c(1) / c(N)`. As a draft writes the frames
+that the one before it brought, c(N) is the mean of the times of drafts over m as such a player makes them;
+`predicted_from_drafts` puts the frames per draft of that very game in the place of A(p, N), which a finite game meets
+only roughly.
+
+On a GPU: `--shape 310m --steps 4 --dtype bfloat16 --device cuda --fixed-passes compiled` (not run yet on any).
 """
 
 import argparse
@@ -16,8 +20,8 @@ import numpy as np
 import torch
 
 from dit_suite.models.nfd import NFD_SIZES, NFDTransformer3DModel
-from dit_suite.schedulers.frame_sampler import FrameSampler, FrameSamplerOptions
-from dit_suite.schedulers.speculative import SpeculativeOptions, SpeculativeSampler, accepted_frames
+from dit_suite.schedulers.frame_sampler import FIXED_PASSES, FrameSampler, FrameSamplerOptions
+from dit_suite.schedulers.speculative import SpeculationStats, SpeculativeOptions, SpeculativeSampler, accepted_frames
 from dit_suite.schedulers.trigflow import TrigFlowScheduler
 
 NAME = "next-frame"
@@ -33,9 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[18, 4, 2], help="passes per frame")
     parser.add_argument("--persistence", type=float, nargs="+", default=[0.5, 0.9, 0.97])
     parser.add_argument("--draft-length", type=int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--frames", type=int, default=24, help="frames timed per variant")
+    parser.add_argument(
+        "--frames", type=int, default=24, help="frames timed per variant; games have five times as many"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="rounds in which all variants take turns")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--fixed-passes", choices=("off", *FIXED_PASSES), default="off", help="of the rows with a cache (see FixedPass)"
+    )
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of this process (a busy machine, no GPU)"
     )
@@ -92,43 +101,68 @@ def action_stream(num_actions: int, length: int, persistence: float, seed: int =
     return [tuple(float(i == a) for i in range(num_actions)) for a in actions]
 
 
+def settings(steps: int, args: argparse.Namespace, mode: str = "rolling") -> FrameSamplerOptions:
+    """How frames are sampled in a row."""
+    fixed = args.fixed_passes if mode == "rolling" else "off"
+    return FrameSamplerOptions(num_inference_steps=steps, context_mode=mode, fixed_passes=fixed)
+
+
 def time_plain(network: NFDTransformer3DModel, steps: int, mode: str, args: argparse.Namespace) -> float:
     """Seconds per frame of plain sampling (median over frames)."""
-    sampler = filled_sampler(network, FrameSamplerOptions(num_inference_steps=steps, context_mode=mode))
+    sampler = filled_sampler(network, settings(steps, args, mode))
     action = torch.eye(network.config.num_actions)[:1]
     seconds = []
-    for _ in range(max(3, args.frames // (4 if mode == "none" else 1))):
+    for _ in range(max(4, args.frames // (4 if mode == "none" else 1))):
         seconds.append(_seconds(_one_frame, args, sampler, action))
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds[2:])
 
 
 def _one_frame(sampler: FrameSampler, action: torch.Tensor) -> None:
     sampler.append(sampler.draft(action[:, None])[:, :, 0], action)
 
 
-def time_draft(network: NFDTransformer3DModel, steps: int, length: int, args: argparse.Namespace) -> float:
-    """Seconds of one joint draft of `length` frames after a full hit run, median: the c(N) of the speed-up model."""
-    sampler = filled_sampler(network, FrameSamplerOptions(num_inference_steps=steps), length)
+def time_draft(
+    network: NFDTransformer3DModel, steps: int, length: int, written: int, args: argparse.Namespace
+) -> float:
+    """Seconds of one joint draft of `length` frames whose first pass also writes `written` frames (median)."""
+    sampler = filled_sampler(network, settings(steps, args), length)
     action = torch.eye(network.config.num_actions)[:1]
     actions = action[:, None].expand(-1, length, -1)
     seconds = []
-    for _ in range(max(4, args.frames // 2)):
+    for _ in range(max(5, args.frames // 2)):
         seconds.append(_seconds(sampler.draft, args, actions))
-        for _ in range(length):
+        for _ in range(written):
             sampler.append(torch.zeros(1, *sampler.noise.frame_shape), action)
-    return statistics.median(seconds[1:])
+    return statistics.median(seconds[2:])
+
+
+def draft_seconds(
+    network: NFDTransformer3DModel, steps: int, length: int, persistence: float, args: argparse.Namespace
+) -> float:
+    """c(N): the mean time of a draft over how many frames of the one before it were used."""
+    shares = [persistence ** (m - 1) * (1 - persistence) for m in range(1, length)] + [persistence ** (length - 1)]
+    times = [time_draft(network, steps, length, m, args) for m in range(1, length + 1)]
+    return sum(share * seconds for share, seconds in zip(shares, times, strict=True))
 
 
 def time_speculative(
     network: NFDTransformer3DModel, steps: int, length: int, persistence: float, args: argparse.Namespace, seed: int
 ) -> tuple[float, dict[str, float]]:
-    """Seconds per frame of a speculative game (total over frames), and its counts."""
+    """Seconds per frame of a speculative game, and its counts."""
     options = SpeculativeOptions(speculation="joint", draft_length=length)
-    sampler = filled_sampler(network, FrameSamplerOptions(num_inference_steps=steps), options.num_ahead)
+    sampler = filled_sampler(network, settings(steps, args), options.num_ahead)
     machine = SpeculativeSampler(sampler, options)
-    stream = action_stream(network.config.num_actions, args.frames * 2, persistence, seed)
-    total = _seconds(lambda: [machine.tick(action) for action in stream], args)
-    stats = machine.stats
+    stream = action_stream(network.config.num_actions, args.frames * 5, persistence, seed)
+    for action in (stream[0], stream[-1]):  # both kinds of passes run once before the clock does
+        machine.tick(action)
+    machine.stats = SpeculationStats()
+    kinds: dict[tuple[bool, int], list[float]] = {}
+    for action in stream:
+        drafts, unwritten = machine.stats.drafts, sampler.num_frames - sampler.cache.length
+        seconds = _seconds(machine.tick, args, action)
+        drafted = machine.stats.drafts > drafts
+        kinds.setdefault((drafted, unwritten if drafted else 0), []).append(seconds)
+    stats, total = machine.stats, sum(len(values) * statistics.median(values) for values in kinds.values())
     counts = {"hit_rate": stats.hit_rate, "discard_rate": stats.discard_rate, "drafts": stats.drafts / stats.frames}
     return total / len(stream), counts
 
@@ -164,7 +198,7 @@ def _speculative_rows(network: NFDTransformer3DModel, args: argparse.Namespace) 
             ratios, predictions, realised, spent, counts = [], [], [], [], {}
             for round_index in range(args.rounds):
                 plain = time_plain(network, steps, "rolling", args)
-                single, joint = (time_draft(network, steps, n, args) for n in (1, length))
+                single, joint = (draft_seconds(network, steps, n, persistence, args) for n in (1, length))
                 seconds, counts = time_speculative(network, steps, length, persistence, args, round_index)
                 again = time_plain(network, steps, "rolling", args)
                 ratios.append((plain + again) / 2 / seconds)
@@ -191,7 +225,7 @@ def _cache_length_rows(network: NFDTransformer3DModel, args: argparse.Namespace)
     window, rows = network.config.window, []
     action = torch.eye(network.config.num_actions)[:1, None]
     for frames in sorted({1, window // 2, window - 1} - {0}):
-        sampler = filled_sampler(network, FrameSamplerOptions(num_inference_steps=args.steps[-1]), frames=frames)
+        sampler = filled_sampler(network, settings(args.steps[-1], args), frames=frames)
         values = []
         for _ in range(max(4, args.frames // 2)):
             values.append(_seconds(sampler.draft, args, action))
@@ -234,5 +268,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "threads": torch.get_num_threads(),
         "clock": args.clock,
+        "fixed_passes": args.fixed_passes,
         "rows": [{"model": name, **row} for row in rows],
     }

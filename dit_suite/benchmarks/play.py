@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="how long the browser plays")
     parser.add_argument("--speed", type=int, default=60, help="frames a second that the browser's player asks for")
     parser.add_argument("--persistence", type=float, default=0.9, help="chance that the player of the loop repeats")
+    parser.add_argument("--fixed-passes", choices=("off", "eager", "compiled"), default="off", help="of the loop")
     parser.add_argument("--device", default="cpu")
 
 
@@ -41,7 +42,8 @@ def loop_rate(pipe: Any, passes: int, speculation: str, args: argparse.Namespace
     """Frames per second of a session that is stepped as fast as it goes."""
     from dit_suite.ui.play import PlayOptions, PlaySession
 
-    session = PlaySession(pipe, PlayOptions(num_inference_steps=passes, speculation=speculation))
+    options = PlayOptions(num_inference_steps=passes, speculation=speculation, fixed_passes=args.fixed_passes)
+    session = PlaySession(pipe, options)
     actions = [a.index(1.0) for a in action_stream(len(session.action_names), args.frames + 5, args.persistence)]
     for action in actions[:5]:
         session.step(action)

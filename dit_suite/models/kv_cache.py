@@ -16,6 +16,7 @@ class BlockKVCache:
         batch_size: rows of keys.
         block_size: tokens in a block.
         num_slots: blocks that are kept; older ones are overwritten.
+        scratch: blocks of room behind the slots, which belong to no block (`FixedAttention`).
 
     Raises:
         ValueError: a size is not positive.
@@ -31,12 +32,13 @@ class BlockKVCache:
         num_slots: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        scratch: int = 0,
     ):
         if min(num_layers, batch_size, num_heads, head_dim, block_size) < 1 or num_slots < 0:
             raise ValueError("the sizes of a key-value cache must be positive")
         self.block_size, self.num_slots = block_size, num_slots
         self._length = self._high = self._base = 0
-        shape = (num_layers, 2, batch_size, num_heads, num_slots * block_size, head_dim)
+        shape = (num_layers, 2, batch_size, num_heads, (num_slots + scratch) * block_size, head_dim)
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
 
     @property
@@ -110,3 +112,33 @@ class BlockKVCache:
         if head < count:
             spans.append(slice(0, (count - head) * size))
         return [(self.buffer[layer, 0, :, :, span], self.buffer[layer, 1, :, :, span]) for span in spans]
+
+
+class FrameCache(BlockKVCache):
+    """Also keeps the frames themselves, as noisy as they were read, where the network needs the one before."""
+
+    frames: torch.Tensor | None = None
+
+    def keep_frames(self, shape: tuple[int, int, int]) -> None:
+        """Allocates room for frames `(channels, height, width)`, a slot each."""
+        size = (self.num_slots, self.batch_size)
+        self.frames = torch.zeros(*size, *shape, device=self.buffer.device, dtype=self.buffer.dtype)
+        self.levels = torch.ones(*size, device=self.buffer.device)
+
+    def write_frames(self, frames: torch.Tensor, levels: torch.Tensor) -> None:
+        """Stores the frames that follow `length`, `(batch, channels, count, height, width)`, levels `(batch, count)`.
+
+        A cache without room for frames lets them go.
+        """
+        if self.frames is None:
+            return
+        for i in range(frames.shape[2]):
+            slot = (self.length + i) % self.num_slots
+            self.frames[slot], self.levels[slot] = frames[:, :, i], levels[:, i]
+
+    def last_frame(self, frame: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last readable frame `(batch, channels, height, width)` and its level; the arguments if there is none."""
+        if self.length <= self.oldest:
+            return frame, level
+        slot = (self.length - 1) % self.num_slots
+        return self.frames[slot], self.levels[slot]

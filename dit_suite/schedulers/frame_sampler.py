@@ -13,10 +13,12 @@ import torch
 
 from dit_suite.models.nfd import NFDTransformer3DModel
 from dit_suite.options import Options, option
+from dit_suite.schedulers.fixed_pass import FixedPass
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from dit_suite.schedulers.trigflow import FrameFlowScheduler, TrigFlowScheduler
 
 CONTEXT_MODES = ("rolling", "recompute", "none")
+FIXED_PASSES = {"eager": "none", "compiled": "inductor"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,15 @@ class FrameSamplerOptions(Options):
         choices=CONTEXT_MODES,
     )
     fuse_write: bool = option(True, "store a finished frame during the next frame's first pass")
+    fixed_passes: str = option(
+        "off",
+        "passes of one shape over the whole cache: off, eager, or compiled (a CUDA graph on a GPU)",
+        choices=("off", *FIXED_PASSES),
+    )
+
+    def validate(self) -> None:
+        if self.fixed_passes != "off" and self.context_mode != "rolling":
+            raise ValueError(f"fixed_passes need context_mode rolling, got {self.context_mode!r}")
 
 
 @dataclass
@@ -104,7 +115,9 @@ class FrameSampler:
         shape = (config.in_channels, config.sample_height, config.sample_width)
         self.transformer, self.scheduler, self.options = transformer, scheduler, options
         self.noise = FrameNoise(base_seeds, shape)
-        self.cache = transformer.new_cache(len(base_seeds), draft_frames)
+        fixed = options.fixed_passes != "off"
+        self.cache = transformer.new_cache(len(base_seeds), draft_frames, scratch=2 * draft_frames * fixed)
+        self.fixed = FixedPass(transformer, self.cache, FIXED_PASSES[options.fixed_passes]) if fixed else None
         self.draft_frames = draft_frames
         self.counts = PassCounts()
         self.num_frames = 0
@@ -178,9 +191,13 @@ class FrameSampler:
             actions = torch.cat([context_actions, actions], dim=1)
             levels = torch.cat([levels.new_full((batch, count), self.options.context_noise), levels], dim=1)
         with publish_step(step):
-            out = self.transformer(
-                hidden, levels, actions, first_frame=first, kv_cache=self.cache, num_written=count, return_dict=False
-            )[0]
+            if self.fixed is not None:
+                out = self.fixed(hidden, levels, actions, count)
+            else:
+                out = self.transformer(
+                    hidden, levels, actions, first_frame=first, kv_cache=self.cache, num_written=count,
+                    return_dict=False,
+                )[0]  # fmt: skip
         self.counts.written_frames += count
         self.counts.denoise_passes += 1
         self.counts.denoise_frames += num_new
@@ -219,7 +236,9 @@ class FrameSampler:
         actions, first, run = actions.to(device, dtype), self.num_frames, Run()
         if self.options.context_mode != "rolling":
             self._forget_cache()
-        if not self.options.fuse_write:
+        # more unwritten frames than a draft leaves are start frames: a shape of their own, once
+        many = self.fixed is not None and self.num_frames - self.cache.length > self.draft_frames
+        if many or not self.options.fuse_write:
             self._write(run)
         sample = self.noise.initial(first, count).to(device, dtype) * self.scheduler.init_noise_sigma
         for index, timestep in enumerate(self.timesteps):

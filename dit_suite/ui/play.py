@@ -19,7 +19,7 @@ import torch
 from dit_suite.call_options import NFDOptions
 from dit_suite.options import Options, option
 from dit_suite.sampling import SamplingJob, sample_record
-from dit_suite.schedulers.frame_sampler import FrameSampler, FrameSamplerOptions
+from dit_suite.schedulers.frame_sampler import FIXED_PASSES, FrameSampler, FrameSamplerOptions
 from dit_suite.schedulers.speculative import MODES, SpeculativeOptions, SpeculativeSampler
 
 TIMED_FRAMES = 40
@@ -33,6 +33,7 @@ class PlayOptions(Options):
     speculation: str = option("joint", "draft frames for the present action", choices=MODES)
     draft_length: int = option(3, "frames per draft", minimum=1, maximum=8)
     adaptive_draft: bool = option(True, "draft length follows how long actions are held")
+    fixed_passes: str = option("off", "passes of one shape, see FixedPass", choices=("off", *FIXED_PASSES))
     seed: int = option(0, "seed of the dream", minimum=0, maximum=2**31 - 1)
     start_frame: int | None = option(0, "start frame of the checkpoint; none: the model dreams one", minimum=0)
     frames_per_second: int = option(8, "speed of the game", minimum=1, maximum=60)
@@ -88,7 +89,9 @@ class PlaySession:
             adaptive_draft=self.options.adaptive_draft,
         )
         settings = FrameSamplerOptions(
-            num_inference_steps=self.num_inference_steps, context_noise=pipe.config.context_noise
+            num_inference_steps=self.num_inference_steps,
+            context_noise=pipe.config.context_noise,
+            fixed_passes=self.options.fixed_passes,
         )
         self._seconds: deque[float] = deque(maxlen=TIMED_FRAMES)
         self.actions: list[int] = []
@@ -177,6 +180,7 @@ class PlaySession:
             speculation=self.options.speculation,
             draft_length=self.options.draft_length,
             adaptive_draft=self.options.adaptive_draft,
+            fixed_passes=self.options.fixed_passes,
             fps=self.options.frames_per_second,
         )
         job = SamplingJob("nfd", model, weights_sha256, (self.actions.copy(),), options, self.options.seed, 1)

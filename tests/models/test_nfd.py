@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dit_suite.models.frame_residual import velocity_from_residual, warp
 from dit_suite.models.nfd import NFDTransformer3DModel
+
+RESIDUAL = {"frame_std": 0.7, "change_std": 0.2, "motion": True}
 
 
 def tiny(window: int = 4, randomise: bool = True, **changes) -> NFDTransformer3DModel:
@@ -23,7 +26,7 @@ def tiny(window: int = 4, randomise: bool = True, **changes) -> NFDTransformer3D
     torch.manual_seed(0)
     model = NFDTransformer3DModel(**{**config, **changes}).eval()
     for name, parameter in model.named_parameters():
-        if randomise and ("modulation" in name or "proj_out" in name):
+        if randomise and ("modulation" in name or "proj_" in name):
             torch.nn.init.normal_(parameter, std=0.2)
     return model
 
@@ -57,9 +60,10 @@ def test_nothing_reaches_back_in_time(backend: str):
 
 
 @torch.no_grad()
-def test_cached_passes_equal_the_masked_forward_and_only_writes_touch_the_cache():
+@pytest.mark.parametrize("changes", [{}, RESIDUAL])
+def test_cached_passes_equal_the_masked_forward_and_only_writes_touch_the_cache(changes: dict):
     """N3, N4."""
-    model, (sample, level, actions) = tiny(), draw()
+    model, (sample, level, actions) = tiny(**changes), draw()
     expected = model(sample, level, actions).sample
     cache = model.new_cache(2)
     for frame in range(4):
@@ -138,8 +142,54 @@ def test_gradient_checkpointing_and_save_load(tmp_path: Path):
         (lambda m, x, t, a: m(x, t, a, first_frame=2, kv_cache=m.new_cache(2)), "the cache ends before frame 0"),
         (lambda m, x, t, a: tiny(patch_size=3), "do not fit frames"),
         (lambda m, x, t, a: tiny(window=0), "at least 1"),
+        (lambda m, x, t, a: tiny(frame_std=0.5), "both above 0 or neither"),
+        (lambda m, x, t, a: tiny(motion=True), "motion warps the frame"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message: str):
     with pytest.raises(ValueError, match=message):
         call(tiny(), *draw())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, RESIDUAL])
+def test_finished_context_gives_every_frame_what_sampling_gives_it(changes: dict):
+    """The pass over [finished | noisy] equals one pass per frame, each after the finished frames before it."""
+    model, (sample, level, actions) = tiny(**changes), draw()
+    context, held = draw()[0][:, :, :3] * 0.7, torch.tensor([[0.02, 0.07, 0.05], [0.01, 0.0, 0.1]])
+    found = model(sample, level, actions, context=context, context_timestep=held).sample
+    dense = model(sample, level, actions, context=context, context_timestep=held, backend="dense").sample
+    torch.testing.assert_close(dense, found, atol=1e-4, rtol=0)
+    for frame in range(4):
+        frames = torch.cat([context[:, :, :frame], sample[:, :, frame : frame + 1]], dim=2)
+        levels = torch.cat([held[:, :frame], level[:, frame : frame + 1]], dim=1)
+        alone = model(frames, levels, actions[:, : frame + 1]).sample[:, :, frame]
+        torch.testing.assert_close(found[:, :, frame], alone, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="4 frames of a window of 4 need 3 finished ones, got 2"):
+        model(sample, level, actions, context=context[:, :, :2], context_timestep=held[:, :2])
+
+
+@torch.no_grad()
+def test_a_residual_of_zero_is_the_posterior_mean_and_follows_the_motion():
+    """By hand for one frame: precisions of both looks and the prior add up; motion by whole pixels shifts the frame."""
+    generator = torch.Generator().manual_seed(0)
+    before, truth = torch.rand(2, 1, 1, 1, 3, 4, generator=generator)
+    level, held = torch.tensor([[0.4]]), torch.tensor([[0.1]])
+    noise = torch.randn(1, 1, 1, 3, 4, generator=generator)
+    sample, residual = 0.6 * truth + 0.4 * noise, torch.full_like(noise, 0.3)
+    found = velocity_from_residual(residual, sample, level, 0.9 * before, held, 0.7, 0.2)
+    precision = (0.6 / 0.4) ** 2, 1 / (0.2**2 + (0.1 / 0.9) ** 2), 1 / 0.7**2
+    mean = (precision[0] * sample / 0.6 + precision[1] * before) / sum(precision)
+    expected = (sample - (mean + 0.3 / sum(precision) ** 0.5)) / 0.4
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for extreme in (0.0, 1.0):
+        edge = velocity_from_residual(residual, sample, torch.full((1, 1), extreme), before, held, 0.7, 0.2)
+        assert edge.isfinite().all()
+    motion = torch.zeros(1, 1, 2, 3, 4)
+    motion[:, :, 1] = 1.0
+    moved = warp(truth, motion)
+    torch.testing.assert_close(moved[..., :-1], truth[..., 1:])
+    torch.testing.assert_close(moved[..., -1], truth[..., -1])
+    motion[:, :, 1], motion[:, :, 0] = 0.0, 0.5
+    halfway = (truth[..., :-1, :] + truth[..., 1:, :]) / 2
+    torch.testing.assert_close(warp(truth, motion)[..., :-1, :], halfway)

@@ -43,6 +43,25 @@ def test_context_frames_are_nearly_clean_and_do_not_count():
     assert float(result.loss.max()) < 1e-3
 
 
+def test_clean_context_is_a_nearly_clean_copy_and_every_frame_counts():
+    """An exact network has no loss; one that is off by d in the frame has loss d^2 when frames are weighed."""
+    data, seen = batch((64, 1, 4, 2, 2)), {}
+
+    def network(sample, timestep, context, context_timestep):
+        seen.update(context=context, levels=context_timestep)
+        return (sample - data.samples - 0.1) / timestep[:, None, :, None, None]
+
+    result = NextFrameFlow(context="clean", context_level=0.05, weighting="frame").loss(network, data)
+    torch.testing.assert_close(result.loss, torch.full((64,), 0.01), atol=1e-5, rtol=0)
+    assert seen["context"].shape == (64, 1, 3, 2, 2)
+    assert 0 < float(seen["levels"].min()) < 0.02
+    assert 0.08 < float(seen["levels"].max()) <= 0.1
+    error = seen["context"] - data.samples[:, :, :3]
+    assert float(error.std()) == pytest.approx(
+        0.08, abs=0.02
+    )  # x0 and noise have unit size: s sqrt(2), s uniform to 0.1
+
+
 def test_blocks_get_their_own_timestep_and_the_clean_half_is_the_sample():
     data, seen = batch((3, 2, 4, 4), class_labels=torch.zeros(3, dtype=torch.long)), {}
 

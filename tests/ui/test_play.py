@@ -63,6 +63,14 @@ def test_a_game_follows_from_its_record_through_the_pipeline(pipe, start):
     assert not np.array_equal(first.frames[-1], other.frames[-1])
 
 
+def test_passes_of_one_shape_show_the_same_game_and_say_so_in_its_record(pipe):
+    plain, fixed = (play(pipe, ACTIONS, fixed_passes=kind) for kind in ("off", "eager"))
+    assert np.abs(np.stack(plain.frames).astype(int) - np.stack(fixed.frames)).max() <= 1
+    record = fixed.record("m", "0" * 64)
+    assert record["options"]["fixed_passes"] == "eager"
+    assert np.array_equal(np.stack(fixed.frames), made_again(pipe, record))
+
+
 def test_visitors_share_a_model_and_no_state(pipe):
     alone = play(pipe, ACTIONS)
     one, two = PlaySession(pipe), PlaySession(pipe, PlayOptions(seed=9))
