@@ -146,7 +146,7 @@ def make_weighting(objective: Any, run: RunSection, accelerator: Accelerator) ->
     Raises:
         ValueError: a process's micro-batch does not hold every timestep cluster equally often.
     """
-    weighting = objective.weighting() if hasattr(objective, "weighting") else None
+    weighting = objective.learned_weighting() if hasattr(objective, "learned_weighting") else None
     if weighting is None:
         return None
     share = run.batch_size // run.accumulation // accelerator.num_processes

@@ -46,7 +46,7 @@ class ObjectiveResult:
 
 
 class Objective(Protocol):
-    """What the trainer needs. An objective may also have `weighting()`, which returns a module that makes a scalar of
+    """What the trainer needs. An objective may also have `learned_weighting()`, which returns a module that makes a scalar of
     losses and timesteps with parameters of its own, or None."""
 
     def loss(self, model: Callable[..., Any], batch: TrainingBatch) -> ObjectiveResult:
@@ -294,9 +294,9 @@ class Diffusion(Options):
             raise ValueError("min_snr_gamma and uncertainty_clusters weigh whole samples: not with per: frame")
         if self.min_snr_gamma > 0 and self.uncertainty_clusters:
             raise ValueError("choose min_snr_gamma or uncertainty_clusters, not both")
-        self.weighting()
+        self.learned_weighting()
 
-    def weighting(self) -> UncertaintyWeighting | None:
+    def learned_weighting(self) -> UncertaintyWeighting | None:
         """A fresh learned weighting, or None."""
         if not self.uncertainty_clusters:
             return None
