@@ -46,8 +46,8 @@ class ObjectiveResult:
 
 
 class Objective(Protocol):
-    """What the trainer needs. An objective may also have `learned_weighting()`, which returns a module that makes a scalar of
-    losses and timesteps with parameters of its own, or None."""
+    """What the trainer needs. An objective may also have `learned_weighting()`, which returns a module that makes a
+    scalar of losses and timesteps with parameters of its own, or None."""
 
     def loss(self, model: Callable[..., Any], batch: TrainingBatch) -> ObjectiveResult:
         """Runs the network once (or more) and returns the loss of every sample."""

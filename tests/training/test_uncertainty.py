@@ -128,8 +128,8 @@ def test_what_does_not_fit_is_one_sentence(tmp_path):
             Diffusion(**options)
     with pytest.raises(ValueError, match="here 2 samples, to be a multiple of its 4"):
         Trainer(config_from_dict(values(tmp_path, accumulation=4)))
-    assert Diffusion().weighting() is None
-    assert isinstance(Diffusion(uncertainty_clusters=8).weighting(), UncertaintyWeighting)
+    assert Diffusion().learned_weighting() is None
+    assert isinstance(Diffusion(uncertainty_clusters=8).learned_weighting(), UncertaintyWeighting)
 
 
 def test_min_snr_without_a_limit_is_no_weight():
