@@ -93,7 +93,7 @@ class TimestepRouter(nn.Module):
         for expert in range(gates.shape[1]):
             rows = gates[:, expert].nonzero().squeeze(1)
             out = hidden_states[rows] @ self.expert_weight[expert] + self.expert_bias[expert]
-            mixed = mixed.index_add(0, rows, out * gates[rows, expert, None, None].to(out.dtype))
+            mixed = mixed.index_add(0, rows, (out * gates[rows, expert, None, None]).to(mixed.dtype))
         return mixed
 
 

@@ -110,6 +110,17 @@ def test_grouped_merged_and_common_timestep_paths_agree():
         torch.testing.assert_close(model(x, torch.tensor(300), y).sample, fast, atol=5e-6, rtol=0)
 
 
+def test_training_under_autocast():
+    """The presets train in bfloat16: experts, gates and the residual stream meet in different types."""
+    model = tiny().train()
+    exact = model(*inputs()).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(*inputs()).sample
+    assert (out.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    out.float().square().mean().backward()
+    assert all(router.expert_weight.grad.abs().max() > 0 for router in model.routers)
+
+
 def test_merged_experts_are_reused_per_timestep_and_renewed_with_the_weights(monkeypatch):
     model = tiny()
     calls = []
