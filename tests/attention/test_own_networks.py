@@ -66,7 +66,8 @@ def test_several_proxies_per_window_stay_dense():
     given = pt_dit_inputs()
     dense = forward(model, given)
     with apply_vmoba(model, VMoBAConfig(**BLOCKS)), pytest.warns(RuntimeWarning, match="could not be read"):
-        assert torch.equal(forward(model, given), dense)
+        # PT-DiT's lean blocks step aside for hooks, which changes last bits
+        torch.testing.assert_close(forward(model, given), dense, atol=1e-5, rtol=1e-5)
 
 
 def test_operators_that_were_grafted_in_are_left_alone():

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import dit_suite
 from dit_suite.converters import ConversionError, discover, read_checkpoint
 from dit_suite.golden import read_fixture, section
+from dit_suite.golden.dit import FORWARD_TOLERANCE
 from tests.tiny import tiny_vae
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +71,7 @@ def test_a_converted_folder_gives_the_official_outputs(save, weights: dict, fixt
     given, expected = section(fixture[0], "input"), section(fixture[0], "output")
     with torch.no_grad():
         sample = pipe.transformer(given["x"], given["t"], given["y"]).sample
-    torch.testing.assert_close(sample, expected["sample"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(sample, expected["sample"], atol=FORWARD_TOLERANCE, rtol=0)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([source.name, "out"])
 
 
