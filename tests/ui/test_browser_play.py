@@ -73,11 +73,9 @@ def test_arrow_keys_move_the_square_on_the_page(server, page):
     page.evaluate(COUNT_PICTURES)
     (player,) = server[1].players
     hold(page, player, "ArrowLeft", 3, 6)
-    left = column(page)
+    until(page, lambda: column(page) < 0.35)  # a busy page may still show an older frame
     hold(page, player, "ArrowRight", 4, 6)
-    right = column(page)
-    assert left < 0.35
-    assert right > left + 0.3
+    until(page, lambda: column(page) > 0.6)
     assert page.evaluate("window.shown") > 5
     assert {3, 4} <= set(player.session.actions)
 
