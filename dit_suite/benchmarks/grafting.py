@@ -3,7 +3,8 @@
 A cell is a graft plan. Its parts are stage1 (distillation on samples of the original), speed, before (pictures for
 held-out captions), stage2 (fine-tune through the trainer, in CPU minutes of this process) and after. Every part is
 written when it is done and pictures, distillation and training go on where they were stopped, so the command can be
-given again until the table is whole. The cell `original` is the control: the same stage 2 without a graft.
+given again until the table is whole. The cell `original` is the model as it is: it has no stage 1 and, since stage 2
+only teaches what the original does, no stage 2 either.
 """
 
 import argparse
@@ -414,7 +415,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             cell = Cell(name, args.output / name)
             cell.check_settings(settings)
             cell.keep(cell=name)
-            for part in PARTS:
+            for part in PARTS[:3] if cell.is_control else PARTS:
                 if part in args.parts and (args.redo or part not in cell.record):
                     print(f"{name}: {part}", flush=True)
                     _do(bench, cell, part)

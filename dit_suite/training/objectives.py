@@ -410,6 +410,7 @@ class FlowNLL(Options):
 
 OBJECTIVES: tuple[tuple[str, str], ...] = (
     ("rectified_flow", "dit_suite.training.objectives:RectifiedFlow"),
+    ("distilled_flow", "dit_suite.training.velocity_distillation:DistilledFlow"),
     ("diffusion", "dit_suite.training.objectives:Diffusion"),
     ("edm", "dit_suite.training.objectives:EDM"),
     ("flow_nll", "dit_suite.training.objectives:FlowNLL"),

@@ -19,7 +19,7 @@ SOURCE = {"hub_id": "tiny/encoder", "package": "tiny", "requirement": "tiny", "w
 STAGE2 = """
 name: stage2
 model: {from: elsewhere}
-objective: rectified_flow
+objective: {name: distilled_flow, options: {teacher: TINY}}
 data: {kind: images, size: 8, split: train, captions: [0.4, 0.6, 0.0], styles: [noto]}
 condition: {max_length: 8}
 optimizer: {lr: 1.0e-3, warmup_steps: 0}
@@ -39,7 +39,7 @@ def bench(tmp_path, monkeypatch):
     save_states(data / "captions.safetensors", captions, [torch.randn(3, 16) for _ in captions])
     tiny_text_to_image(text_encoder=None, tokenizer=None, text_encoder_source=SOURCE).save_pretrained(tmp_path / "tiny")
     (tmp_path / "narrow.yaml").write_text("mlp: {kind: mlp, ratio: 2, init: inherit, layers: all}\n")
-    (tmp_path / "stage2.yaml").write_text(STAGE2)
+    (tmp_path / "stage2.yaml").write_text(STAGE2.replace("TINY", str(tmp_path / "tiny")))
     parser = argparse.ArgumentParser()
     grafting.add_arguments(parser)
     fixed = (
@@ -67,7 +67,9 @@ def test_cells(bench, monkeypatch):
     assert [v["metric"] for v in record["before"]["comparison"]] == ["fd_random_conv", "kid_random_conv"]
     assert len(list((output / "narrow/before").glob("*.png"))) == 12
     monkeypatch.setattr(Trainer, "run", lambda trainer: None)
-    assert run()["original"]["stage2_steps"] is None
+    rows = run()
+    assert rows["narrow"]["stage2_steps"] is None and rows["narrow"]["fd_before"] != "-"
+    assert not (output / "original/stage2").exists() and rows["original"]["fd_after"] == "-"
 
 
 def test_stage_two_and_resuming(bench):
