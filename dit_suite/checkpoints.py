@@ -154,6 +154,15 @@ def find_checkpoint(path_or_name: str | os.PathLike) -> Checkpoint:
     return Checkpoint(name, folder, technique, digest)
 
 
+def _network_class(name: str, technique: Technique) -> type:
+    """The class of a network that is ours, grafted, or diffusers'."""
+    if name == technique.model_name:
+        return technique.model_class()
+    if name.startswith("Grafted"):
+        return resolve(f"dit_suite.grafting.models:{name}")
+    return resolve(f"diffusers:{name}")
+
+
 def check_weights(module: Any, folder: Path) -> None:
     """Every tensor in `folder` must be a parameter or buffer of `module`, and every parameter must be in a file.
 
@@ -179,6 +188,8 @@ def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None)
     import torch
     from diffusers import ModelMixin
 
+    from dit_suite.compact_weights import is_compact, load_network
+
     model_index = _read_model_index(checkpoint.folder)
     resolve(checkpoint.technique.model)
     if str(_component_class(model_index, "transformer")).startswith("Grafted"):
@@ -191,6 +202,10 @@ def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None)
         given = load_text_encoder(TextEncoderSource.from_dict(source))
         given["text_encoder"].to(dtype or torch.float32)
     pipeline_class = checkpoint.technique.pipeline_class()
+    inside = checkpoint.folder / "transformer"
+    if is_compact(inside):
+        network = _network_class(str(_component_class(model_index, "transformer")), checkpoint.technique)
+        given["transformer"] = load_network(network, inside).to(dtype or torch.float32)
     try:
         pipe = pipeline_class.from_pretrained(
             checkpoint.folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True, **given
@@ -198,7 +213,7 @@ def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None)
     except (OSError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{checkpoint.folder} can't be opened as {pipeline_class.__name__}: {error}") from error
     for name, module in pipe.components.items():
-        if isinstance(module, ModelMixin) and (checkpoint.folder / name).is_dir():
+        if name not in given and isinstance(module, ModelMixin) and (checkpoint.folder / name).is_dir():
             check_weights(module, checkpoint.folder / name)
     pipe.set_progress_bar_config(disable=None)
     return pipe.to(device) if device is not None else pipe

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.models.embeddings import LabelEmbedding
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from dit_suite.compact_weights import load_network
 from dit_suite.registry import TECHNIQUES, acceleration, resolve, technique
 from dit_suite.training.config import OptimizerSection, Part, RunSection, TrainConfig
 
@@ -63,7 +64,7 @@ def build_network(config: TrainConfig) -> torch.nn.Module:
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
         if not folder.is_dir():
             raise FileNotFoundError(f"init_from: there is no folder {folder}")
-        stored = type(network).from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        stored = load_network(type(network), folder)
         missing, unexpected = network.load_state_dict(stored.state_dict(), strict=False)
         if missing or unexpected:
             first = (missing or unexpected)[0]
