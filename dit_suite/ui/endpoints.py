@@ -13,7 +13,7 @@ from dit_suite.ui.generate_tab import DEVICE_QUEUE
 
 def run_request(
     engine: Engine, offers: dict[str, Offer], condition: str, model: str, seed: Any, count: Any, options: Any,
-    progress: gr.Progress,
+    progress: gr.Progress, start_image: str | None = None,
 ) -> Iterator[tuple[list[str], dict[str, Any]]]:  # fmt: skip
     """Makes the samples of one API request; yields the files so far and a description."""
     if model not in offers:
@@ -30,7 +30,9 @@ def run_request(
     given: Any = (
         int(condition) if technique.options_class().condition != "prompt" and condition.isdigit() else condition
     )
-    job = make_job(model, given, technique.options_class().from_dict(settings), resolve_seed(seed), scheduler, plugins)
+    start = engine.keep_start_image(start_image) if start_image else None
+    chosen = technique.options_class().from_dict(settings)
+    job = make_job(model, given, chosen, resolve_seed(seed), scheduler, plugins, start)
     info = {"seed": job.seed, "model": model, "technique": technique.name, "options": job.options.to_dict()}
     paths: list[str] = []
     for event in engine.run(job, int(count), StopFlag()):
@@ -70,10 +72,11 @@ def build_endpoints(engine: Engine, offers: list[Offer]) -> None:
 
 def _generate_endpoint(engine: Engine, offers: dict[str, Offer], media: str) -> None:
     def generate(
-        prompt: str, model: str, seed: float, count: float, options: Any, progress: gr.Progress = gr.Progress()
+        prompt: str, model: str, seed: float, count: float, options: Any, start_image: str | None = None,
+        progress: gr.Progress = gr.Progress(),
     ) -> Iterator[tuple]:  # fmt: skip
         try:
-            yield from run_request(engine, offers, prompt, model, seed, count, options, progress)
+            yield from run_request(engine, offers, prompt, model, seed, count, options, progress, start_image)
         except (ValueError, FileNotFoundError, RuntimeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -85,6 +88,8 @@ def _generate_endpoint(engine: Engine, offers: dict[str, Offer], media: str) -> 
             gr.Number(value=1, precision=0, label="count"),
             gr.JSON(value={}, label="options"),
         ]
+        if media == "video":
+            inputs.append(gr.Image(type="filepath", label="start_image"))
         outputs = [gr.File(file_count="multiple", label="files"), gr.JSON(label="info")]
         button = gr.Button("run")
     button.click(generate, inputs, outputs, api_name=f"generate_{media}", **DEVICE_QUEUE)

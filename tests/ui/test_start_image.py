@@ -3,13 +3,17 @@
 import gradio as gr
 import numpy as np
 import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from PIL import Image
 
+from dit_suite.metadata import read_record
+from dit_suite.sampling import StartImage
 from dit_suite.ui.catalog import offers
 from dit_suite.ui.engine import Engine, Finished, StopFlag
 from dit_suite.ui.generate_tab import build_generate_tab
-from dit_suite.ui.page import history
-from dit_suite.ui.settings import Limits
+from dit_suite.ui.page import build_page, history, launch_arguments
+from dit_suite.ui.settings import Limits, ServerSettings
 from dit_suite.video import read_video
 from tests.tiny import tiny_text_to_video
 
@@ -55,3 +59,22 @@ def test_start_image_from_upload_to_clip_and_back(models, tmp_path):
     again = tab.parse(loaded[0], loaded[1], None, loaded[3], loaded[5], start, [c.value for c in tab.all_controls()])
     (second,) = [event for event in engine.run(again, 1, StopFlag()) if isinstance(event, Finished)]
     assert np.array_equal(read_video(second.path), read_video(done.path))
+
+
+def test_start_image_through_the_endpoint(models, tmp_path):
+    settings = ServerSettings(output=tmp_path / "made", models=tuple(models.values()))
+    page = build_page(settings)
+    _, url, _ = page.launch(**launch_arguments(settings) | {"prevent_thread_lock": True, "quiet": True})
+    try:
+        client = Client(url, verbose=False)
+        upload = tmp_path / "upload.png"
+        Image.fromarray(np.full((8, 8, 3), (255, 0, 0), np.uint8)).save(upload)
+        steps, name = {"num_inference_steps": 1}, "/generate_video"
+        (clip,), _ = client.predict("red sun", models["starting"], 5, 1, steps, handle_file(upload), api_name=name)
+        assert read_record(clip)["start_image"]["sha256"] == StartImage.of_file(upload).sha256
+        (plain,), info = client.predict("red sun", models["plain"], 5, 1, steps, api_name=name)
+        assert info["finished"] == 1 and not read_record(plain).get("start_image")
+        with pytest.raises(AppError, match="start image"):
+            client.predict("red sun", models["plain"], 5, 1, steps, handle_file(upload), api_name=name)
+    finally:
+        page.close()
