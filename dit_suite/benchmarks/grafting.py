@@ -39,7 +39,7 @@ _TIMED_STEPS, _MARGIN = 4, 1.02
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--model", default="emoji-pixart-64", help="a text-to-image checkpoint")
+    parser.add_argument("--model", default="emoji-pixart-64", help="a text- or class-to-image checkpoint")
     parser.add_argument("--data", type=Path, default=Path("data/emoji64"), help="folder of prepare_data.py emoji64")
     parser.add_argument("--cells", nargs="+", default=list(CELLS), help="plans by file name, and original")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
@@ -376,8 +376,7 @@ def markdown(records: list[dict[str, Any]]) -> str:
         operators = (record.get("stage1") or {}).get("operators", ())
         if operators:
             errors = ", ".join(
-                f"{entry['operator'].removeprefix('transformer_blocks.')} {entry['relative_error']:.3f}"
-                for entry in operators
+                f"{entry['operator'].split('blocks.')[-1]} {entry['relative_error']:.3f}" for entry in operators
             )
             lines.append(f"* {record['cell']}: {errors} ({operators[0]['steps']} steps)")
     for record in records:
@@ -405,7 +404,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if name != CONTROL and not (args.plans / f"{name}.yaml").is_file():
             raise ValueError(f"there is no plan {name}.yaml in {args.plans}")
     original = find_checkpoint(args.model)
-    bench = Bench(args, original, HeldOut(args.data, args.output, args.num_samples, features=args.features))
+    held_out = HeldOut.of_checkpoint(original, args.data, args.output, args.num_samples, args.features)
+    bench = Bench(args, original, held_out)
     bench.held_out.captions()
     free = ("cells", "parts", "redo", "output", "data", "plans", "clock", "operators", "name", "all")
     settings = {key: value for key, value in vars(args).items() if key not in free}

@@ -4,6 +4,7 @@ Everything goes on where it was stopped: pictures are made batch by batch, featu
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,6 +15,9 @@ from typing import Any
 
 from PIL import Image
 
+from dit_suite.checkpoints import Checkpoint
+from dit_suite.data.labels import FILE_NAME as LABEL_FILE
+from dit_suite.data.labels import LabelTable
 from dit_suite.evaluation.datasets import SEPARATOR, conditions_of
 from dit_suite.evaluation.extraction import extract
 from dit_suite.evaluation.extractors import FeatureExtractor, load_extractor
@@ -40,6 +44,9 @@ class HeldOut:
         count: captions, and so pictures, of every comparison.
         styles: of the pictures; those that the model was trained on.
         features: name of the feature network.
+        groups: only pictures of these groups; none named means all.
+        size: side in pixels that the model was trained at; 0 keeps the pictures as they are.
+        kind: what the model is told, "prompt" or "class_labels".
     """
 
     data: Path
@@ -47,19 +54,37 @@ class HeldOut:
     count: int
     styles: tuple[str, ...] = STYLES
     features: str = "enet-lite0"
+    groups: tuple[str, ...] = ()
+    size: int = 0
+    kind: str = "prompt"
     options: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint, data: Path, output: Path, count: int, features: str) -> "HeldOut":
+        """The held-out pictures of what a checkpoint was trained on: of its classes where it has `labels.json`, else
+        of the default styles with captions."""
+        kind = checkpoint.technique.options_class().condition
+        if not (checkpoint.folder / LABEL_FILE).is_file():
+            return cls(data, output, count, features=features, kind=kind)
+        table = LabelTable.load(checkpoint.folder)
+        config = json.loads((checkpoint.folder / "transformer" / "config.json").read_text("utf-8"))
+        size = int(config["sample_size"])
+        return cls(data, output, count, table.styles, features, table.groups, size, kind)
 
     def rows(self, splits: str) -> str:
         """The choice of rows in the words of `evaluate.py`."""
-        return f"{self.data / 'images'}{SEPARATOR}{splits},style={'+'.join(self.styles)}"
+        groups = f",group={'+'.join(self.groups)}" if self.groups else ""
+        return f"{self.data / 'images'}{SEPARATOR}{splits},style={'+'.join(self.styles)}{groups}"
 
     def captions(self, splits: str = "heldout+pairs", count: int | None = None) -> tuple[str, ...]:
-        """A fair draw of captions.
+        """A fair draw of captions, or as many class names as asked for in the pictures' proportions.
 
         Raises:
             FileNotFoundError, ValueError: no such data set, or it has fewer rows.
         """
-        count, found = count or self.count, conditions_of(self.rows(splits), "prompt")
+        count, found = count or self.count, conditions_of(self.rows(splits), self.kind)
+        if self.kind == "class_labels":
+            return tuple(itertools.islice(itertools.cycle(found), count))
         if len(found) < count:
             raise ValueError(f"{self.data} has {len(found)} captions in {splits}, asked for {count}")
         return found[:count]
@@ -72,7 +97,8 @@ class HeldOut:
     @cached_property
     def reference(self) -> FeatureSet:
         """Features of the held-out pictures."""
-        return self._features(self.output / "reference.npz", lambda: ParquetSource(self.rows("heldout+pairs")))
+        size = f",size={self.size}" if self.size else ""
+        return self._features(self.output / "reference.npz", lambda: ParquetSource(self.rows("heldout+pairs") + size))
 
     def _features(self, path: Path, source: Callable[[], Any]) -> FeatureSet:
         if not path.is_file():

@@ -1,16 +1,26 @@
 """The grafting benchmark end to end on a tiny model: every part, resuming, and refusals."""
 
 import argparse
+import itertools
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
 from dit_suite.benchmarks import grafting
+from dit_suite.benchmarks.held_out import HeldOut
+from dit_suite.checkpoints import find_checkpoint
 from dit_suite.data.captions import all_captions, save_states
+from dit_suite.data.labels import LabelTable
 from dit_suite.data.tables import read_rows
+from dit_suite.evaluation.statistics import load_feature_set
+from dit_suite.models.dit import DiTModel
+from dit_suite.pipelines.pipeline_class_to_image import ClassToImagePipeline
 from dit_suite.training.trainer import Trainer
 from tests.tiny import tiny_text_encoder, tiny_text_to_image, tiny_tokenizer
 
@@ -94,3 +104,39 @@ def test_stage_two_and_resuming(bench):
         run("--cells other")
     with pytest.raises(ValueError, match="has 42 captions"):
         run("--num-samples 99")
+
+
+def test_a_class_model_is_measured_on_its_own_classes(bench, tmp_path):
+    """Class names in the pictures' proportions, references of those classes at the model's size, and all parts."""
+    run, output = bench
+    table = LabelTable(("noto", "fluent-3d"), ("objects", "activities"))
+    torch.manual_seed(0)
+    model = DiTModel(
+        sample_size=16, patch_size=4, in_channels=3, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+        num_classes=4, learn_sigma=False,
+    )  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    names = {str(key): name for key, name in table.names().items()}
+    ClassToImagePipeline(model, FlowMatchEulerDiscreteScheduler(), id2label=names).save_pretrained(tmp_path / "classes")
+    table.save(tmp_path / "classes")
+    pictures = read_rows(FIXTURE, ["style", "group"])
+    known = [dict.fromkeys([*first, *(row[key] for row in pictures)]) for key, first in
+             (("style", table.styles), ("group", table.groups))]  # fmt: skip
+    LabelTable(*map(tuple, known)).save(tmp_path / "data")
+    checkpoint = find_checkpoint(tmp_path / "classes")
+    held_out = HeldOut.of_checkpoint(checkpoint, tmp_path / "data", output, 11, "random-conv")
+    rows = [f"{s}/{g}" for s, g in itertools.product(table.styles, table.groups)]
+    assert held_out.size == 16 and len(held_out.captions()) == 11
+    # one held-out picture of every class, and a pair of fluent-3d/activities
+    assert Counter(held_out.captions(count=5)) == Counter([*rows, "fluent-3d/activities"])
+    assert held_out.captions()[:5] == held_out.captions()[5:10]
+    stage2 = (tmp_path / "stage2.yaml").read_text().replace(str(tmp_path / "tiny"), str(tmp_path / "classes"))
+    stage2 = stage2.replace("size: 8", "size: 16").replace("[noto]", "[noto, fluent-3d], groups: [objects, activities]")
+    (tmp_path / "stage2.yaml").write_text(stage2)
+    rows = run(f"--model {tmp_path / 'classes'} --cells narrow original")
+    assert rows["narrow"]["flops"] < 1.0 and rows["narrow"]["stage2_steps"] >= 1
+    assert rows["narrow"]["fd_after"] != "-" and rows["narrow"]["fd_before"] != rows["original"]["fd_before"]
+    assert Image.open(next((output / "narrow/after").glob("*.png"))).size == (16, 16)
+    reference = load_feature_set(output / "reference.npz")
+    assert reference.count == 5
