@@ -118,7 +118,8 @@ class BACHandle:
         return "\n".join(lines)
 
     def reset(self) -> None:
-        """Drops every cached tensor and the statistics; the schedule stays."""
+        """Drops every cached tensor and the statistics, and ends the runs under way; the schedule stays."""
+        self._root.reset()
         self._engine.states.clear()
         self._engine.counts.clear()
         self._engine.runs = self._engine.peak_bytes = 0

@@ -134,16 +134,61 @@ def test_guidance_branches_do_not_mix(pixart) -> None:
     assert all(torch.equal(a, b) for a, b in zip(both["uncond"], alone["uncond"], strict=True))
 
 
-def test_error_in_mid_run_leaves_nothing(pixart) -> None:
-    schedule = build_schedule(profile_of(pixart), BACConfig(budget=2, **SUBBLOCK))
-    with apply_bac(pixart.model, schedule) as handle:
-        fresh = pixart.sample()
-        pixart.sample(num_steps=3, shift=2.0)
-        after = pixart.sample()
+@pytest.mark.parametrize("case", ["pixart", "wan"], indirect=True)
+@pytest.mark.parametrize("evaluation", [0, 3])
+def test_error_in_mid_run_leaves_nothing(case, evaluation: int) -> None:
+    """An evaluation that fails ends its run, also where the next run starts at the same timestep."""
+    schedule = build_schedule(profile_of(case), BACConfig(budget=2, **SUBBLOCK))
+    block = next(m for name, m in case.model.named_modules() if name.endswith("blocks.1"))
+    passes: list[int] = []
+
+    def fail(*_) -> None:
+        passes.append(1)
+        if len(passes) == evaluation + 1:
+            raise MemoryError("out of memory")
+
+    with apply_bac(case.model, schedule) as handle:
+        fresh = case.sample()
+        watch = block.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            case.sample(shift=2.0)
+        watch.remove()
+        after = case.sample()
         assert all(torch.equal(a, b) for a, b in zip(fresh, after, strict=True))
         assert handle.stats()["runs"] == 3
+        assert handle.stats()["cached_bytes"] == 0 < handle.stats()["peak_bytes"]
         handle.reset()
-        assert handle.stats()["cached_bytes"] == 0 and handle.stats()["runs"] == 0
+        assert handle.stats()["peak_bytes"] == 0 and handle.stats()["runs"] == 0
+
+
+@pytest.mark.parametrize("granularity", ["subblock", "stack"])
+def test_reset_ends_a_loop_that_was_left(granularity: str) -> None:
+    """A loop around a bare model that is left after its first evaluation can't be seen; `reset` tells."""
+    from tests.caching.conftest import Case
+
+    pixart, wan = Case("pixart"), Case("wan")
+
+    @torch.no_grad()
+    def named(count: int, start: torch.Tensor) -> list[torch.Tensor]:
+        outputs = []
+        for k in range(count):
+            with wan.model.cache_context("cond"):
+                outputs.append(wan.call(start, 900.0 - 150.0 * k))
+        return outputs
+
+    runs = {
+        pixart: (lambda: pixart.sample(), lambda: pixart.sample(num_steps=1, shift=2.0)),
+        wan: (lambda: named(5, wan.start), lambda: named(1, wan.start + 2.0)),
+    }
+    for case, (whole, left) in runs.items():
+        config = BACConfig(budget=2, granularity=granularity)
+        with apply_bac(case.model, config, profile=profile_of(case)) as handle:
+            fresh = whole()
+            left()
+            assert handle.stats()["cached_bytes"] > 0
+            handle.reset()
+            assert handle.stats()["cached_bytes"] == 0
+            assert all(torch.equal(a, b) for a, b in zip(fresh, whole(), strict=True))
 
 
 def test_change_of_shape_is_a_miss(pixart) -> None:
