@@ -271,6 +271,7 @@ def bundled_profiles(pipeline: Any) -> list[SimilarityProfile]:
     files = sorted((place / "bac").glob("profile-*.safetensors")) if str(place) not in ("", ".") else []
     if not files:
         raise ValueError(
-            "there is no BAC profile for this model; make one with scripts/calibrate_bac.py and pass it as profile=..."
+            "there is no BAC profile for this model; make one with scripts/calibrate_bac.py or ProfileRecorder and "
+            "pass it as profile=..."
         )
     return [SimilarityProfile.load(file) for file in files]

@@ -7,10 +7,8 @@ import diffusers
 import pytest
 import torch
 
-from dit_suite.caching.bac import apply_bac
-from dit_suite.caching.plan import BACConfig, build_schedule
-from dit_suite.caching.profile import SimilarityProfile
-from dit_suite.caching.recorder import ProfileRecorder
+from dit_suite import BACConfig, ProfileRecorder, SimilarityProfile, apply_bac
+from dit_suite.caching.plan import build_schedule
 from tests.caching.conftest import Case
 from tests.tiny import tiny_vae
 
