@@ -46,7 +46,7 @@ class BACConfig(Options):
     flop_fraction: float | None = option(
         None, "share of the full FLOPs to spend (0.35 without budget)", minimum=0.0, maximum=1.0
     )
-    psnr: float | None = option(None, "dB to the un-cached run; needs a profile with measured quality", minimum=0.0)
+    psnr: float | None = option(None, "dB to the un-cached run (calibrate_bac.py measures it)", minimum=0.0)
     schedule: str = option("shared", "one schedule for all, or one each", choices=("shared", "per_block", "uniform"))
     granularity: str = option("auto", "what is cached (auto: stack, else block)", choices=("auto", *GRANULARITIES))
     predictor: str = option("fitted", "what stands in at skipped steps (linear, fitted: ours)", choices=PREDICTORS)
@@ -294,7 +294,10 @@ def build_schedule(profile: SimilarityProfile, config: BACConfig) -> BACSchedule
         if not good:
             best = max((row["psnr"] for row in rows), default=None)
             have = f"the best measured is {best:.1f} dB" if best is not None else "none was measured for this recipe"
-            raise ValueError(f"no measured schedule reaches {config.psnr:g} dB ({have}); run calibrate_bac --measure")
+            raise ValueError(
+                f"no measured schedule reaches {config.psnr:g} dB ({have}); calibrate_bac.py --psnr {config.psnr:g} "
+                "measures until one does"
+            )
         return _with_budget(profile, config, min(row["budget"] for row in good))
     target = 0.35 if config.flop_fraction is None else config.flop_fraction
     low, high = 1, count

@@ -17,6 +17,7 @@ from dit_suite.caching.schedule import (
     forecast_weights,
     mask_of,
     rank_blocks,
+    smallest_budget,
     spread_schedule,
     step_lengths,
     uniform_schedule,
@@ -170,3 +171,14 @@ def test_an_update_in_a_vanishing_step_is_wasted(objective: str, spends: bool) -
     )  # fmt: skip
     schedule = build_schedule(profile, BACConfig(budget=3, objective=objective))
     assert (5 in schedule.plan("*").steps[0]) == spends
+
+
+@pytest.mark.parametrize("target", [0.0, 3.0, 3.5, 7.0, 12.0])
+def test_smallest_budget_by_bisection(target: float) -> None:
+    quality = {1: 1.0, 2: 3.0, 3: 3.0, 4: 7.0, 5: 9.0, 6: 12.0}
+    tried: list[int] = []
+    found = smallest_budget(lambda budget: tried.append(budget) or quality[budget], 6, target)
+    assert found == min(budget for budget, value in quality.items() if value >= target)
+    assert len(tried) <= 4 and found - 1 in (0, *tried)
+    with pytest.raises(ValueError, match="no budget up to 6 computed steps reaches 13"):
+        smallest_budget(quality.__getitem__, 6, 13.0)
