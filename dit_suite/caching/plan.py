@@ -50,16 +50,20 @@ class BACConfig(Options):
     schedule: str = option("shared", "one schedule for all, or one each", choices=("shared", "per_block", "uniform"))
     granularity: str = option("auto", "what is cached (auto: stack, else block)", choices=("auto", *GRANULARITIES))
     predictor: str = option("fitted", "what stands in at skipped steps (linear, fitted: ours)", choices=PREDICTORS)
-    order: int = option(2, "computed outputs a forecast draws on", minimum=1, maximum=4, advanced=True)
+    order: int = option(2, "computed outputs a fitted forecast draws on", minimum=1, maximum=4, advanced=True)
     objective: str = option(
         "squares",
-        "what a schedule of forecasts minimises: squared errors times the way a step goes, or plain errors",
+        "what a schedule of linear or fitted forecasts minimises: squared errors times a step's way, or plain errors",
         choices=OBJECTIVES,
         advanced=True,
     )
-    metric: str = option("l2", "likeness of two steps", choices=("l2", "cosine"), advanced=True)
-    similarity: str = option("anchor", "score form", choices=("anchor", "adjacent"), advanced=True)
-    bubble: int = option(0, "units the bubbling union enlarges (-1: all)", minimum=-1, advanced=True)
+    metric: str = option(
+        "l2", "likeness of two steps (counts with reuse or adjacent)", choices=("l2", "cosine"), advanced=True
+    )
+    similarity: str = option(
+        "anchor", "score form (adjacent leaves objective out)", choices=("anchor", "adjacent"), advanced=True
+    )
+    bubble: int = option(0, "units the bubbling union enlarges (-1: all; per_block only)", minimum=-1, advanced=True)
     per_branch: bool = option(False, "a schedule of its own for each guidance pass (ours)", advanced=True)
     update_last: bool = option(False, "always compute the last step", advanced=True)
     cache_dtype: str = option(

@@ -59,6 +59,7 @@ def test_bad_variants_are_refused_before_anything_runs(engine, job, text, messag
 
 
 def test_a_plug_in_is_part_of_the_variants_job(job):
-    changed = variant_job(job, "bac:flop_fraction=0.5,metric=cosine")
-    assert changed.to_dict()["accelerations"]["bac"]["flop_fraction"] == 0.5
+    changed = variant_job(job, "bac:flop_fraction=0.5,granularity=block")
+    found = changed.to_dict()["accelerations"]["bac"]
+    assert (found["flop_fraction"], found["granularity"]) == (0.5, "block")
     assert changed.seed == job.seed and job.accelerations == {}
