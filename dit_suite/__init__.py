@@ -16,7 +16,11 @@ _PUBLIC = {
     "apply_vmoba": "dit_suite.attention.plugin",
     "block_sparse_attention": "dit_suite.attention.block_sparse",
     "BACConfig": "dit_suite.caching.plan",
+    "ProfileRecorder": "dit_suite.caching.recorder",
+    "SimilarityProfile": "dit_suite.caching.profile",
     "apply_bac": "dit_suite.caching.bac",
+    "GraftPlan": "dit_suite.grafting.plan",
+    "graft": "dit_suite.grafting.models",
     "load_pipeline": "dit_suite.checkpoints",
     "sample_generators": "dit_suite.schedulers.generators",
 }

@@ -98,6 +98,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         model="dit_suite.models.dit:DiTModel",
         pipeline="dit_suite.pipelines.pipeline_class_to_image:ClassToImagePipeline",
         options="dit_suite.call_options:ClassToImageOptions",
+        accelerations=("bac",),
         aliases=("DiTPipeline",),
         also_runs=("DiTTransformer2DModel", "Transformer2DModel", "GraftedDiTModel"),
     ),
@@ -118,7 +119,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         pipeline="dit_suite.pipelines.pipeline_text_to_video:TextToVideoPipeline",
         options="dit_suite.call_options:TextToVideoOptions",
         bundled="emoji-wan-16x64",
-        accelerations=("adaspa", "vmoba"),
+        accelerations=("bac", "adaspa", "vmoba"),
         aliases=("WanPipeline",),
     ),
     Technique(
@@ -129,6 +130,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         pipeline="dit_suite.pipelines.pipeline_acdit:ACDiTPipeline",
         options="dit_suite.call_options:ACDiTOptions",
         bundled="emoji-acdit-64",
+        accelerations=("bac",),
     ),
     Technique(
         name="nfd",
@@ -138,6 +140,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         pipeline="dit_suite.pipelines.pipeline_nfd:NFDPipeline",
         options="dit_suite.call_options:NFDOptions",
         bundled="moving-square-nfd",
+        accelerations=("bac",),
     ),
     Technique(
         name="pt_dit",
@@ -147,6 +150,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         pipeline="dit_suite.pipelines.pipeline_text_to_image:TextToImagePipeline",
         options="dit_suite.call_options:TextToImageOptions",
         bundled="emoji-ptdit-64",
+        accelerations=("bac",),
     ),
     Technique(
         name="switch_dit",
@@ -156,6 +160,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         pipeline="dit_suite.pipelines.pipeline_class_to_image:ClassToImagePipeline",
         options="dit_suite.call_options:ClassToImageOptions",
         bundled="emoji-switchdit-64",
+        accelerations=("bac",),
     ),
     Technique(
         name="lego",

@@ -2,7 +2,8 @@
 
     python scripts/calibrate_bac.py --model emoji-pixart-64 --prompts "red apple" "burger" --num-inference-steps 40 \\
         --output checkpoints/emoji-pixart-64/bac
-    ... --measure 8 10 13 20     also samples with schedules of these budgets and stores their PSNR (for --psnr)
+    ... --psnr 30                searches the smallest budget that reaches 30 dB: each try samples once more
+    ... --measure 8 10 13 20     samples with schedules of these budgets and stores their PSNR (for BACConfig(psnr=...))
 
 Writes profile-STEPS.safetensors and schedule-STEPS.json into the folder. The flags of the pipeline (guidance, steps)
 and those of BACConfig (budget, granularity, predictor, ...) are listed by --help once --model is given.
@@ -84,6 +85,22 @@ def measure(pipe: Any, job: Any, profile: Any, config: BACConfig, budgets: list[
     return dataclasses.replace(profile, quality=tuple(rows))
 
 
+def search(pipe: Any, job: Any, profile: Any, config: BACConfig, reference: list[Any]) -> Any:
+    """The profile with measured rows added until they hold the smallest budget that reaches `config.psnr`."""
+    from dit_suite.caching.schedule import smallest_budget
+
+    def quality(budget: int) -> float:
+        nonlocal profile
+        known = {row["budget"] for row in profile.quality if row["recipe"] == config.recipe()}
+        if budget not in known:
+            profile = measure(pipe, job, profile, config, [budget], reference)
+        rows = (row for row in profile.quality if row["recipe"] == config.recipe() and row["budget"] == budget)
+        return next(rows)["psnr"]
+
+    smallest_budget(quality, profile.num_evaluations, config.psnr)
+    return profile
+
+
 def run(args: argparse.Namespace, checkpoint: Any) -> int:
     """Calibrates as the arguments say."""
     from dit_suite.caching.plan import build_schedule
@@ -113,6 +130,8 @@ def run(args: argparse.Namespace, checkpoint: Any) -> int:
     print(f"calibrated on {len(job.conditions)} samples in {time.monotonic() - start:.0f} s")
     if args.measure:
         profile = measure(pipe, job, profile, config, args.measure, reference)
+    if config.psnr is not None:
+        profile = search(pipe, job, profile, config, reference)
     schedule = build_schedule(profile, config)
     steps = profile.num_inference_steps
     print(f"wrote {profile.save(args.output / f'profile-{steps}.safetensors')}")

@@ -1,6 +1,9 @@
 """The wheel: every package in it, `pipelines` only inside `dit_suite`, and a bundled model that opens."""
 
+import importlib
+import operator
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import dit_suite.grafting
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,3 +84,20 @@ def test_wheel_opens_its_model(wheel, tmp_path):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("package", ["dit_suite", "dit_suite.grafting"])
+def test_public_names_can_be_imported(package):
+    module = importlib.import_module(package)
+    for name in set(module.__all__) - {"__version__"}:
+        assert getattr(module, name).__name__ == name
+    assert set(module.__all__) <= set(dir(module))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        operator.attrgetter("no_such_name")(module)
+
+
+def test_names_that_the_docs_put_into_a_package_are_there():
+    text = (ROOT / "docs" / "grafting.md").read_text().replace("\n", " ")
+    (sentence,) = re.findall(r"`GraftPlan`, [^.]*? are in `dit_suite\.grafting`", text)
+    names = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", sentence)) - {"dit_suite"}
+    assert {"GraftPlan", "graft", "detect_operators"} <= names <= set(dit_suite.grafting.__all__)

@@ -134,6 +134,9 @@ class _Attachment:
 
         self.routes.append(route_for(module)(module, name, intercept))
 
+    def reset(self) -> None:
+        self._root.reset()
+
     def _refresh(self) -> None:
         HookRegistry.check_if_exists_or_initialize(self.model).invalidate_child_registries_cache()
 
@@ -258,6 +261,8 @@ class SparseAttentionHandle:
         """Drops all state and all counts; the next call starts anew."""
         self.method.reset()
         self.fallbacks.clear()
+        for attachment in self._attachments:
+            attachment.reset()
 
     def remove(self) -> None:
         """Takes the plug-in off; the models are then as they were before. Calling it again does nothing."""

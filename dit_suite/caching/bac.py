@@ -118,7 +118,8 @@ class BACHandle:
         return "\n".join(lines)
 
     def reset(self) -> None:
-        """Drops every cached tensor and the statistics; the schedule stays."""
+        """Drops every cached tensor and the statistics, and ends the runs under way; the schedule stays."""
+        self._root.reset()
         self._engine.states.clear()
         self._engine.counts.clear()
         self._engine.runs = self._engine.peak_bytes = 0
@@ -270,6 +271,7 @@ def bundled_profiles(pipeline: Any) -> list[SimilarityProfile]:
     files = sorted((place / "bac").glob("profile-*.safetensors")) if str(place) not in ("", ".") else []
     if not files:
         raise ValueError(
-            "there is no BAC profile for this model; make one with scripts/calibrate_bac.py and pass it as profile=..."
+            "there is no BAC profile for this model; make one with scripts/calibrate_bac.py or ProfileRecorder and "
+            "pass it as profile=..."
         )
     return [SimilarityProfile.load(file) for file in files]

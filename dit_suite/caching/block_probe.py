@@ -12,6 +12,8 @@ from diffusers.hooks._common import _ATTENTION_CLASSES, _FEEDFORWARD_CLASSES
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
+from dit_suite.grafting.operators import Operator
+
 GRANULARITIES = ("subblock", "block", "stack")
 
 _FEED_FORWARD_NAMES = ("ff", "ffn", "mlp", "feed_forward", "ff_context", "ffn_context")
@@ -64,7 +66,9 @@ class CacheUnit:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    return isinstance(module, (*_ATTENTION_CLASSES, nn.MultiheadAttention)) or "Attention" in type(module).__name__
+    """Attention, or what was grafted into its place (a grafted feed-forward is told by its name before)."""
+    known = (*_ATTENTION_CLASSES, nn.MultiheadAttention, Operator)
+    return isinstance(module, known) or "Attention" in type(module).__name__
 
 
 def _is_feed_forward(name: str, module: nn.Module) -> bool:

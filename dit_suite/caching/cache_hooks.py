@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from diffusers.hooks import ModelHook
@@ -34,12 +34,12 @@ class _Entry:
 
 @dataclass
 class _RunState:
-    """What one pipeline call has cached so far."""
+    """What one pipeline call has cached so far. It dies with the run, so nothing in it may hold on to the run."""
 
     schedule: BACSchedule
     index_of: dict[tuple[int, int], int]
     entries: dict[tuple[str, int], list[_Entry]] = field(default_factory=dict)
-    last_seen: dict[int, StepContext] = field(default_factory=dict)
+    last_seen: dict[int, "ReferenceType[StepContext]"] = field(default_factory=dict)
     counts: Counter = field(default_factory=Counter)
 
 
@@ -115,16 +115,22 @@ class Engine:
     def recall(
         self, state: _RunState, branch: str, unit: int, index: int, fits: tuple
     ) -> tuple[list[torch.Tensor | None] | None, bool]:
-        """(cached or forecast tensors, False), or (None, store): compute, and keep the result where `store` says so."""
+        """(cached or forecast tensors, False), or (None, store): compute, and keep the result where `store` says so.
+
+        The last evaluation of a run takes what is cached out and keeps nothing.
+        """
         plan = state.schedule.plan(branch)
         entries = state.entries.get((branch, unit), [])
+        more = index + 1 < len(state.schedule.timesteps)
+        if not more:
+            state.entries.pop((branch, unit), None)
         weights = plan.weights[unit].get(index)
         if weights is None:
-            return None, True
+            return None, more
         if not entries:
             return None, False
         if not _fits(entries[0].fits, fits):
-            return None, True
+            return None, more
         anchors = [c for c in reversed(plan.steps[unit]) if c < index][: len(weights)]
         matched = [e for e in entries if _fits(e.fits, fits)][: len(weights)]
         if [e.index for e in matched] != anchors:
@@ -206,12 +212,13 @@ class _Hook(ModelHook):
         return context, state, index
 
     def _once(self, state: _RunState, context: StepContext) -> None:
-        if state.last_seen.get(self._unit) is context:
+        seen = state.last_seen.get(self._unit)
+        if seen is not None and seen() is context:
             raise ValueError(
                 f"{self._name} runs more than once per evaluation, so it can't be cached by itself; "
                 "use another granularity"
             )
-        state.last_seen[self._unit] = context
+        state.last_seen[self._unit] = ref(context)
 
 
 class SubBlockHook(_Hook):
@@ -284,7 +291,7 @@ def _add(streams: list[torch.Tensor | None], increments: list[torch.Tensor | Non
 class _StackPass:
     """One evaluation's way through a stack."""
 
-    context: StepContext
+    context: "ReferenceType[StepContext]"
     entering: list[torch.Tensor | None]
     fits: tuple
     found: list[torch.Tensor | None] | None
@@ -318,13 +325,15 @@ class StackHook(_Hook):
             self._once(state, context)
             fits = _input_key(entering)
             found, store = self._engine.recall(state, context.branch, self._unit, index, fits)
-            self._stack.passes[context.run] = _StackPass(context, entering, fits, found, store)
+            self._stack.passes[context.run] = _StackPass(ref(context), entering, fits, found, store)
         current = self._stack.passes.get(context.run)
-        if current is None or current.context is not context:
+        if current is None or current.context() is not context:
             raise ValueError(f"{self._name} ran before the first block of its stack; use granularity='block'")
+        if self._last:
+            del self._stack.passes[context.run]
         if current.found is not None:
             return self._hand_on(state, current, entering)
-        return self._run_block(state, index, current, entering, args, kwargs)
+        return self._run_block(state, index, context, current, entering, args, kwargs)
 
     def _hand_on(self, state: _RunState, current: _StackPass, entering: list[torch.Tensor | None]) -> Any:
         if not self._last:
@@ -333,7 +342,14 @@ class StackHook(_Hook):
         return join_streams(self._layout, _add(entering, _restore(current.found, entering)))
 
     def _run_block(
-        self, state: _RunState, index: int, current: _StackPass, entering: list, args: tuple, kwargs: dict
+        self,
+        state: _RunState,
+        index: int,
+        context: StepContext,
+        current: _StackPass,
+        entering: list,
+        args: tuple,
+        kwargs: dict,
     ) -> Any:
         if current.expected is not None and any(
             a is not b for a, b in zip(entering, current.expected, strict=False) if b is not None
@@ -348,5 +364,5 @@ class StackHook(_Hook):
             self._engine.count(state, self._kind, "computed")
             if current.store:
                 increments = added_streams(current.entering, leaving)
-                self._engine.keep(state, current.context.branch, self._unit, index, current.fits, increments)
+                self._engine.keep(state, context.branch, self._unit, index, current.fits, increments)
         return output

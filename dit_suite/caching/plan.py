@@ -46,20 +46,24 @@ class BACConfig(Options):
     flop_fraction: float | None = option(
         None, "share of the full FLOPs to spend (0.35 without budget)", minimum=0.0, maximum=1.0
     )
-    psnr: float | None = option(None, "dB to the un-cached run; needs a profile with measured quality", minimum=0.0)
+    psnr: float | None = option(None, "dB to the un-cached run (calibrate_bac.py measures it)", minimum=0.0)
     schedule: str = option("shared", "one schedule for all, or one each", choices=("shared", "per_block", "uniform"))
     granularity: str = option("auto", "what is cached (auto: stack, else block)", choices=("auto", *GRANULARITIES))
     predictor: str = option("fitted", "what stands in at skipped steps (linear, fitted: ours)", choices=PREDICTORS)
-    order: int = option(2, "computed outputs a forecast draws on", minimum=1, maximum=4, advanced=True)
+    order: int = option(2, "computed outputs a fitted forecast draws on", minimum=1, maximum=4, advanced=True)
     objective: str = option(
         "squares",
-        "what a schedule of forecasts minimises: squared errors times the way a step goes, or plain errors",
+        "what a schedule of linear or fitted forecasts minimises: squared errors times a step's way, or plain errors",
         choices=OBJECTIVES,
         advanced=True,
     )
-    metric: str = option("l2", "likeness of two steps", choices=("l2", "cosine"), advanced=True)
-    similarity: str = option("anchor", "score form", choices=("anchor", "adjacent"), advanced=True)
-    bubble: int = option(0, "units the bubbling union enlarges (-1: all)", minimum=-1, advanced=True)
+    metric: str = option(
+        "l2", "likeness of two steps (counts with reuse or adjacent)", choices=("l2", "cosine"), advanced=True
+    )
+    similarity: str = option(
+        "anchor", "score form (adjacent leaves objective out)", choices=("anchor", "adjacent"), advanced=True
+    )
+    bubble: int = option(0, "units the bubbling union enlarges (-1: all; per_block only)", minimum=-1, advanced=True)
     per_branch: bool = option(False, "a schedule of its own for each guidance pass (ours)", advanced=True)
     update_last: bool = option(False, "always compute the last step", advanced=True)
     cache_dtype: str = option(
@@ -294,7 +298,10 @@ def build_schedule(profile: SimilarityProfile, config: BACConfig) -> BACSchedule
         if not good:
             best = max((row["psnr"] for row in rows), default=None)
             have = f"the best measured is {best:.1f} dB" if best is not None else "none was measured for this recipe"
-            raise ValueError(f"no measured schedule reaches {config.psnr:g} dB ({have}); run calibrate_bac --measure")
+            raise ValueError(
+                f"no measured schedule reaches {config.psnr:g} dB ({have}); calibrate_bac.py --psnr {config.psnr:g} "
+                "measures until one does"
+            )
         return _with_budget(profile, config, min(row["budget"] for row in good))
     target = 0.35 if config.flop_fraction is None else config.flop_fraction
     low, high = 1, count

@@ -5,7 +5,7 @@ sub-block, a block or the whole stack) is a sorted list of steps, step 0 first, 
 other step its output comes from the cache. Everything here is a pure function of calibration matrices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -114,6 +114,27 @@ def bubbling_union(
                 union |= set(steps[v])
         grown[u] = sorted(union)
     return grown
+
+
+def smallest_budget(quality: Callable[[int], float], most: int, target: float) -> int:
+    """The smallest budget in 1..`most` whose `quality` reaches `target`, by bisection.
+
+    Quality is taken to rise with the budget. Whatever it does, the returned budget reaches the target and the one below
+    it, if any, was tried and does not.
+
+    Raises:
+        ValueError: even `most` does not reach the target.
+    """
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        if quality(middle) >= target:
+            high = middle
+        else:
+            low = middle + 1
+    if low == most and (best := quality(most)) < target:
+        raise ValueError(f"no budget up to {most} computed steps reaches {target:g} (the largest gives {best:.2f})")
+    return low
 
 
 def mask_of(steps: Sequence[Sequence[int]], num_steps: int) -> np.ndarray:

@@ -35,7 +35,7 @@ class DistillConfig(Options):
     scaled_pred: bool = option(False, "weigh an operator's errors by the gate behind it", advanced=True)
     decay_share: float = option(0.4, "share of stage 1 in which the learning rate falls to 0", minimum=0.0, maximum=1.0)
     clip: float = option(10.0, "largest gradient norm of one operator", minimum=0.0)
-    seed: int = option(0, "operator of layer l starts from seed + l", minimum=0)
+    seed: int = option(0, "fresh operators of layer l start from seed + l", minimum=0)
 
 
 def distillation_loss(prediction: torch.Tensor, target: torch.Tensor, kind: str, delta: float = 0.1) -> torch.Tensor:
@@ -127,6 +127,7 @@ class Distiller:
 
     def __init__(self, teacher: nn.Module, grafted: nn.Module, plan: GraftPlan, config: DistillConfig) -> None:
         self.config = config
+        self._plan = plan.to_dict()
         blocks = [block.module for block in find_blocks(teacher)]
         self.students: dict[tuple[str, int], Student] = {}
         self._sources: dict[tuple[str, int], tuple[nn.Module, nn.Module]] = {}
@@ -214,8 +215,17 @@ class Distiller:
             for s in self.students.values()
         ]
 
-    def save(self, path: str | Path, progress: int) -> None:
-        """Writes everything that going on needs; `progress` is the caller's own count (batches done)."""
+    def _identity(self, about: Mapping[str, Any]) -> dict[str, Any]:
+        return {"plan": self._plan, "settings": self.config.to_dict(), **about}
+
+    def save(self, path: str | Path, progress: int, about: Mapping[str, Any] | None = None) -> None:
+        """Writes everything that going on needs.
+
+        Args:
+            path: the file.
+            progress: the caller's own count (batches done).
+            about: what else must be the same for going on, by name (JSON-able values).
+        """
         path = Path(path)
         state = {
             f"{target}.{layer}": {
@@ -227,19 +237,22 @@ class Distiller:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save({"progress": progress, "config": self.config.to_dict(), "students": state}, temporary)
+        torch.save({"progress": progress, "identity": self._identity(about or {}), "students": state}, temporary)
         os.replace(temporary, path)
 
-    def load(self, path: str | Path) -> int:
+    def load(self, path: str | Path, about: Mapping[str, Any] | None = None) -> int:
         """Takes up a saved state and returns its `progress`.
 
         Raises:
-            ValueError: it belongs to another plan or config.
+            ValueError: it belongs to another plan, other settings, or something else in `about` differs.
         """
         saved = torch.load(path, weights_only=True)
-        keys = {f"{target}.{layer}" for target, layer in self.students}
-        if saved["config"] != self.config.to_dict() or set(saved["students"]) != keys:
-            raise ValueError(f"{Path(path).name} belongs to a distillation with another plan or other settings")
+        identity = saved.get("identity", {})
+        for name, value in self._identity(about or {}).items():
+            if identity.get(name) != value:
+                raise ValueError(
+                    f"{path} belongs to a distillation that differs in its {name}; delete it or choose another folder"
+                )
         for (target, layer), student in self.students.items():
             entry = saved["students"][f"{target}.{layer}"]
             student.operator.load_state_dict(entry["operator"])

@@ -7,20 +7,21 @@ from diffusers import ConfigMixin, ModelMixin, PixArtTransformer2DModel
 from diffusers.configuration_utils import register_to_config
 
 from dit_suite.grafting.plan import GraftPlan
-from dit_suite.grafting.surgery import apply_plan, block_list, inherit, transplant
+from dit_suite.grafting.surgery import apply_plan, block_list, inherit, seed_operators, transplant
 from dit_suite.models.dit import DiTModel
 
 _KEPT_PRECISE = ("filter", "conv1d")  # convolutions whose weights are read outside their own forward
 
 
-def _carry_out(model: Any, plan: dict[str, Any] | None) -> None:
-    if not plan:
-        return
-    config = model.config
+def _sizes(config: Any) -> tuple[int, int, int]:
+    """Width, number of tokens and heads of a model."""
     dim = config.num_attention_heads * config.attention_head_dim
-    tokens = (config.sample_size // config.patch_size) ** 2
-    found = GraftPlan.from_dict(plan, len(block_list(model)))
-    apply_plan(model, found, dim, tokens, config.num_attention_heads)
+    return dim, (config.sample_size // config.patch_size) ** 2, config.num_attention_heads
+
+
+def _carry_out(model: Any, plan: dict[str, Any] | None) -> None:
+    if plan:
+        apply_plan(model, GraftPlan.from_dict(plan, len(block_list(model))), *_sizes(model.config))
 
 
 class GraftedPixArtTransformer2DModel(PixArtTransformer2DModel, ModelMixin, ConfigMixin):
@@ -87,8 +88,14 @@ class GraftedDiTModel(DiTModel, ModelMixin, ConfigMixin):
 _GRAFTED = ((PixArtTransformer2DModel, GraftedPixArtTransformer2DModel), (DiTModel, GraftedDiTModel))
 
 
-def graft(model: torch.nn.Module, plan: GraftPlan) -> torch.nn.Module:
+def graft(model: torch.nn.Module, plan: GraftPlan, seed: int | None = None) -> torch.nn.Module:
     """A new model with the plan carried out. What is not exchanged keeps its weights; `model` stays as it is.
+
+    Args:
+        model: a trained PixArt or DiT.
+        plan: what to exchange.
+        seed: the fresh operators of layer l start from `seed + l`, whatever else the plan holds; None takes PyTorch's
+            global generator as it is.
 
     Raises:
         ValueError: the class can't be grafted, is grafted already, the plan does not fit its depth, or an operator is
@@ -103,6 +110,8 @@ def graft(model: torch.nn.Module, plan: GraftPlan) -> torch.nn.Module:
     plan.check_depth(len(block_list(model)))
     config = {key: value for key, value in model.config.items() if not key.startswith("_") and key != "graft_plan"}
     new = grafted(graft_plan=plan.to_dict(), **config)
+    if seed is not None:
+        seed_operators(new, plan, len(block_list(model)), seed, *_sizes(new.config))
     transplant(model, new, plan)
     inherit(model, new, plan)
     parameter = next(model.parameters())

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dit_suite.checkpoints import SHARD_SIZE, Checkpoint
 from dit_suite.grafting.distill import DistillConfig, Distiller
 from dit_suite.grafting.locality import AttentionLocality
@@ -35,18 +33,23 @@ def distil(
         job: its conditions; epoch e samples them with other noise than epoch e - 1.
         state: file that is written after every batch and taken up if it is there.
         deadline: `time.monotonic` after which no further batch is begun.
+
+    Raises:
+        ValueError: the file belongs to another plan, other settings, conditions, sampling options or epochs.
     """
     count = len(job.conditions)
     todo = [range(e * count + part.start, e * count + part.stop) for e in range(epochs)
             for part in batches(count, job.batch_size)]  # fmt: skip
-    done = distiller.load(state) if state.is_file() else 0
+    sampling = {key: value for key, value in job.to_dict().items() if key not in ("model", "conditions")}
+    about = {"conditions": list(job.conditions), "epochs": epochs, "sampling": sampling}
+    done = distiller.load(state, about) if state.is_file() else 0
     with distiller:
         for number, indices in enumerate(todo[done:], start=done + 1):
             if deadline is not None and time.monotonic() > deadline:
                 break
             distiller.anneal((number - 1) / len(todo))
             sample_batch(pipe, job, indices)
-            distiller.save(state, number)
+            distiller.save(state, number, about)
             done = number
             mean = sum(row["relative_error"] for row in distiller.report()) / max(1, len(distiller.students))
             report(f"batch {number} of {len(todo)}: mean relative error {mean:.3f}")
@@ -80,14 +83,13 @@ def graft_checkpoint(
         job: samples of the original that stage 1 learns from; without conditions there is no stage 1.
 
     Raises:
-        ValueError: the plan does not fit, or stage 1 has nothing to learn from.
+        ValueError: the plan does not fit, stage 1 has nothing to learn from, or `output` holds another stage 1.
     """
     pipe = open_job(job, device=device, checkpoint=checkpoint)
     pipe.set_progress_bar_config(disable=True)
     teacher = pipe.transformer
     plan = GraftPlan.load(plan_file, len(block_list(teacher)), lambda band, grid: locality_of(pipe, job, band, grid))
-    torch.manual_seed(config.seed)
-    grafted = graft(teacher, plan)
+    grafted = graft(teacher, plan, config.seed)
     sizes = {"before": count_parameters(teacher), "after": count_parameters(grafted)}
     report(f"{sizes['before']:,} parameters before, {sizes['after']:,} after")
     distiller = Distiller(teacher, grafted, plan, config)

@@ -136,6 +136,17 @@ def operator_places(grafted: nn.Module, plan: GraftPlan, depth: int) -> dict[tup
     return found
 
 
+def seed_operators(
+    grafted: nn.Module, plan: GraftPlan, depth: int, seed: int, dim: int, num_tokens: int, heads: int
+) -> None:
+    """Starts the operators of every original layer l anew from `seed + l`; the global generator stays as it is."""
+    for (target, layer), place in operator_places(grafted, plan, depth).items():
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed + layer)
+            operator = build_operator(getattr(plan, target)[layer], dim, num_tokens, heads)
+        grafted.get_submodule(place).load_state_dict(operator.state_dict())
+
+
 def operator_prefixes(grafted: nn.Module, plan: GraftPlan, depth: int) -> tuple[str, ...]:
     """Name prefixes of everything in the grafted model that has no counterpart in the original."""
     container = next(block.container for block in find_blocks(grafted))

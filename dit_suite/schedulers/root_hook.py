@@ -2,8 +2,12 @@
 
 diffusers' pipelines announce the guidance branch, and in newer releases the step, through `model.cache_context(...)`.
 Where they do, the hook believes them. Where they do not, it counts: a changed timestep is a new step, a repeated one is
-another branch or evaluation of the same step, and a timestep that jumps back against the direction of travel is a new
-run. diffusers resets stateful hooks at the end of a pipeline call, which ends the run here too.
+another branch or evaluation of the same step. A run is new where the pipeline's scheduler has got new timesteps, where
+the timestep jumps back against the direction of travel, and after an error in the model. diffusers resets stateful
+hooks at the end of a pipeline call, which ends the run here too.
+
+A loop of one's own around a bare model shows none of this when it is left between its first evaluation and the second,
+and the next one starts at the same timestep: call `RootHookHandle.reset` (every plug-in's `reset` does) before it.
 """
 
 import inspect
@@ -30,8 +34,9 @@ class _NoState(BaseState):
 
 @dataclass
 class _Progress:
-    """Where one thread's run stands."""
+    """Where one thread's run stands; `plan` is the tensor of timesteps that its scheduler had set, if known."""
 
+    plan: Any = None
     run: Run = field(default_factory=Run)
     step_index: int = 0
     timestep: float | None = None
@@ -52,7 +57,7 @@ class _Progress:
         change = (timestep > self.timestep) - (timestep < self.timestep)
         if announced_index is not None:
             if self.announced_index is not None and announced_index < self.announced_index:
-                return _Progress()._record(timestep, name, announced_index)
+                return _Progress(self.plan)._record(timestep, name, announced_index)
             if announced_index != self.announced_index:
                 self._next_step()
             elif change or name in self.seen:
@@ -60,7 +65,7 @@ class _Progress:
                 self.seen = []
         elif change:
             if self.direction and change != self.direction:
-                return _Progress()._record(timestep, name, announced_index)
+                return _Progress(self.plan)._record(timestep, name, announced_index)
             self.direction = change
             self._next_step()
         elif self._branch(name) in self.seen:
@@ -97,9 +102,13 @@ class _StepHook(ModelHook):
         self._progress = threading.local()
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self._progress.value = _Progress()
+        self._progress.value = None
         self.manager.reset()
         return module
+
+    def forget(self) -> None:
+        """Ends the runs of all threads."""
+        self._progress = threading.local()
 
     def _announced(self) -> tuple[str | None, int | None, int | None]:
         try:
@@ -116,10 +125,13 @@ class _StepHook(ModelHook):
             return None
         value = float(torch.as_tensor(timestep).flatten()[0])
         name, index, count = self._announced()
-        progress = getattr(self._progress, "value", None) or _Progress()
+        plan = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
+        progress = getattr(self._progress, "value", None)
+        if progress is None or progress.plan is not plan:
+            progress = _Progress(plan)
         progress = self._progress.value = progress.advance(value, name, index)
         if count is None:
-            count = getattr(self.pipeline, "_num_timesteps", None) or 0
+            count = getattr(self.pipeline, "_num_timesteps", None) or (0 if plan is None else len(plan))
         return StepContext(progress.step_index, count, value, progress.branch, progress.evaluation, progress.run)
 
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -128,8 +140,12 @@ class _StepHook(ModelHook):
         context = self._context(args, kwargs)
         if context is None:
             return self.fn_ref.original_forward(*args, **kwargs)
-        with publish_step(context):
-            return self.fn_ref.original_forward(*args, **kwargs)
+        try:
+            with publish_step(context):
+                return self.fn_ref.original_forward(*args, **kwargs)
+        except BaseException:
+            self._progress.value = None
+            raise
 
 
 class RootHookHandle:
@@ -137,6 +153,11 @@ class RootHookHandle:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._module: torch.nn.Module | None = module
+
+    def reset(self) -> None:
+        """The next evaluation starts a new run."""
+        if self._module is not None:
+            HookRegistry.check_if_exists_or_initialize(self._module).get_hook(HOOK_NAME).forget()
 
     def remove(self) -> None:
         """Gives this handle back; calling it again does nothing."""

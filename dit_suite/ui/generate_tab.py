@@ -28,6 +28,8 @@ class GenerateTab:
         engine: runs the requests.
         offers: the checkpoints of this tab, by name.
         stops: the stop flag of each visitor's present run.
+        controls, groups: the controls of every options class, and the group that shows or hides them.
+        plugins, plugin_groups: likewise for every plug-in, its switch first.
     """
 
     engine: Engine
@@ -35,7 +37,9 @@ class GenerateTab:
     media: str
     stops: dict[str, StopFlag] = field(default_factory=dict)
     controls: dict[type[Options], list[gr.components.Component]] = field(default_factory=dict)
+    groups: dict[type[Options], gr.Group] = field(default_factory=dict)
     plugins: dict[str, tuple[gr.Checkbox, list[gr.components.Component]]] = field(default_factory=dict)
+    plugin_groups: dict[str, gr.Group] = field(default_factory=dict)
 
     @property
     def option_classes(self) -> list[type[Options]]:
@@ -71,7 +75,10 @@ class GenerateTab:
             count = len(self.plugins[row.name][1])
             enabled, chosen = values[position], values[position + 1 : position + 1 + count]
             position += 1 + count
-            if enabled and row.name in offer.technique.accelerations:
+            if enabled:
+                if row.name not in offer.technique.accelerations:
+                    fitting = ", ".join(offer.technique.accelerations) or "none"
+                    raise ValueError(f"{row.title} does not fit {model}; the plug-ins that do: {fitting}")
                 accelerations[row.name] = options_from_values(row.config_class(), chosen)
         condition = self._condition(offer, prompt, label)
         chosen_scheduler = None if scheduler in ("", None, "default") else scheduler
@@ -81,6 +88,24 @@ class GenerateTab:
                 raise ValueError("this model needs a start image: choose one first")
             start = self.engine.keep_start_image(start_image)
         return make_job(model, condition, options, resolve_seed(seed), chosen_scheduler, accelerations, start)
+
+    def on_model(self, name: str) -> list[Any]:
+        """Updates of prompt, examples, label, start image, option groups, plug-in groups and plug-in switches.
+
+        A plug-in that does not fit is hidden and switched off.
+        """
+        technique = self.offers[name].technique
+        text, labels = technique.options_class().condition == "prompt", self.offers[name].labels
+        rows = [row.name in technique.accelerations for row in self.accelerations()]
+        return [
+            gr.update(visible=text),
+            gr.update(visible=text),
+            gr.update(choices=list(labels), value=next(iter(labels), None), visible=not text),
+            gr.update(visible=self.offers[name].takes_start_image),
+            *(gr.update(visible=cls is technique.options_class()) for cls in self.option_classes),
+            *(gr.update(visible=fits) for fits in rows),
+            *(gr.skip() if fits else gr.update(value=False) for fits in rows),
+        ]
 
     @staticmethod
     def _condition(offer: Offer, prompt: str, label: Any) -> Any:
@@ -209,9 +234,8 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
             with gr.Row():
                 button = gr.Button("Generate", variant="primary", elem_id=f"{media}-generate")
                 stop = gr.Button("Stop", variant="stop", elem_id=f"{media}-stop")
-            groups = {}
             for cls in tab.option_classes:
-                with gr.Group(visible=cls is first.technique.options_class()) as groups[cls]:
+                with gr.Group(visible=cls is first.technique.options_class()) as tab.groups[cls]:
                     tab.controls[cls] = build_controls(cls, caps)
             with gr.Accordion("Scheduler and acceleration", open=False):
                 scheduler = gr.Dropdown(
@@ -219,8 +243,9 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
                     label="Scheduler", info="default: the checkpoint's own",
                 )  # fmt: skip
                 for row in tab.accelerations():
-                    switch = gr.Checkbox(False, label=row.title)
-                    tab.plugins[row.name] = (switch, build_controls(row.config_class(), {}))
+                    with gr.Group(visible=row.name in first.technique.accelerations) as tab.plugin_groups[row.name]:
+                        switch = gr.Checkbox(False, label=row.title, elem_id=f"{media}-{row.name}")
+                        tab.plugins[row.name] = (switch, build_controls(row.config_class(), {}))
             upload = gr.File(
                 label="Load settings from a file made here", file_types=[".png", ".mp4"], type="filepath", height=130,
                 elem_id=f"{media}-upload",
@@ -239,14 +264,6 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
             else:
                 results = gr.Gallery(label="Results", columns=2, elem_id=f"{media}-results", buttons=["download"])
 
-    def on_model(name: str) -> list[Any]:
-        offer = tab.offers[name]
-        text = offer.technique.options_class().condition == "prompt"
-        labels = gr.update(choices=list(offer.labels), value=next(iter(offer.labels), None), visible=not text)
-        shown = [gr.update(visible=cls is offer.technique.options_class()) for cls in tab.option_classes]
-        start = gr.update(visible=offer.takes_start_image)
-        return [gr.update(visible=text), gr.update(visible=text), labels, start, *shown]
-
     def on_generate(
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),
@@ -255,8 +272,9 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
         yield from tab.generate(*values, request=request, progress=progress)
 
     inputs = [model, prompt, label, seed, count, scheduler, start_image, *tab.all_controls()]
-    shown = [prompt, examples.dataset, label, start_image, *groups.values()]
-    model.change(on_model, [model], shown, api_visibility="private", queue=False)
+    shown = [prompt, examples.dataset, label, start_image, *tab.groups.values(), *tab.plugin_groups.values()]
+    shown += [switch for switch, _ in tab.plugins.values()]
+    model.change(tab.on_model, [model], shown, api_visibility="private", queue=False)
     gr.on(
         [button.click, prompt.submit], on_generate, inputs, [results, preview, status, used],
         api_visibility="private", show_progress_on=[status], **DEVICE_QUEUE,

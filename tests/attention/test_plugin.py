@@ -17,7 +17,7 @@ from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod, smallest_usef
 from dit_suite.attention.plugin import self_attention_layers
 from dit_suite.pipelines.pipeline_text_to_video import TextToVideoPipeline
 from dit_suite.schedulers.generators import sample_generators
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.schedulers.step_plan import Run, StepContext, current_step, publish_step
 from tests.attention import tiny_models
 from tests.attention.tiny_models import CASES, build, forward
 
@@ -376,6 +376,19 @@ def test_a_foreign_pipeline_run_is_followed_by_the_root_hook():
         stats = handle.stats()
     assert (stats["dense_calls"], stats["fused_searches"], stats["sparse_calls"]) == (12, 12, 12)
     assert torch.equal(forward(model, given), dense)
+
+
+def test_reset_ends_a_run_that_was_left():
+    model, given = build("wan"), tiny_models.wan_inputs()
+    contexts = []
+    with apply_adaspa(model, AdaSpaConfig(search_steps=(1,), block_size=16, min_tokens=0)) as handle:
+        watch = model.blocks[0].register_forward_pre_hook(lambda *_: contexts.append(current_step()))
+        for _ in range(2):
+            forward(model, given | {"timestep": torch.tensor([900.0])})
+            handle.reset()
+        watch.remove()
+    assert [(c.step_index, c.branch) for c in contexts] == [(0, "batched")] * 2
+    assert contexts[0].run is not contexts[1].run
 
 
 def test_other_attention_backends_stay_what_they_were():

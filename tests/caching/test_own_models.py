@@ -1,5 +1,8 @@
 """BAC on this suite's own networks, through their pipelines."""
 
+import contextlib
+import gc
+
 import numpy as np
 import pytest
 
@@ -141,3 +144,26 @@ def test_flops_are_counted() -> None:
     assert unit.flops == 2 * rows * (width * inner + inner * width)
     stack = profile.units[profile.select("stack")[0]]
     assert sum(u.flops for u in profile.units if u.kind == "block") == stack.flops < profile.total_flops
+
+
+@pytest.mark.parametrize("granularity", ["subblock", "block", "stack"])
+def test_cached_tensors_die_with_their_run(granularity: str) -> None:
+    case = CASES["dit-flow"]
+    pipe = case.build()
+    with ProfileRecorder(pipe) as recorder:
+        sample(case, pipe)
+
+    def stop(_pipe, step: int, *_) -> dict:
+        if step == 1:
+            raise RuntimeError("stop")
+        return {}
+
+    with apply_bac(pipe, BACConfig(budget=2, granularity=granularity), profile=recorder.profile()) as handle:
+        fresh = sample(case, pipe)
+        with contextlib.suppress(RuntimeError):
+            pipe(**case.arguments(num_inference_steps=STEPS), callback_on_step_end=stop)
+        gc.collect()
+        assert handle.stats()["runs"] == 2
+        assert handle.stats()["cached_bytes"] == 0 < handle.stats()["peak_bytes"]
+        peak = handle.stats()["peak_bytes"]
+        assert np.array_equal(sample(case, pipe), fresh) and handle.stats()["peak_bytes"] == peak

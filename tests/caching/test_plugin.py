@@ -1,5 +1,8 @@
 """The plug-in on tiny diffusers transformers: what is computed, what is reused, and what is left behind."""
 
+from types import SimpleNamespace
+
+import diffusers
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from dit_suite.caching.bac import apply_bac
 from dit_suite.caching.block_probe import find_units
 from dit_suite.caching.plan import BACConfig, BACSchedule, build_schedule
 from dit_suite.caching.profile import SimilarityProfile
-from dit_suite.caching.recorder import ProfileRecorder
+from dit_suite.caching.recorder import FlopMeter, ProfileRecorder
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 
 NAMES = ("dit", "pixart", "sd3", "flux", "wan", "hunyuan", "cogvideox", "ltx", "latte")
@@ -134,16 +137,61 @@ def test_guidance_branches_do_not_mix(pixart) -> None:
     assert all(torch.equal(a, b) for a, b in zip(both["uncond"], alone["uncond"], strict=True))
 
 
-def test_error_in_mid_run_leaves_nothing(pixart) -> None:
-    schedule = build_schedule(profile_of(pixart), BACConfig(budget=2, **SUBBLOCK))
-    with apply_bac(pixart.model, schedule) as handle:
-        fresh = pixart.sample()
-        pixart.sample(num_steps=3, shift=2.0)
-        after = pixart.sample()
+@pytest.mark.parametrize("case", ["pixart", "wan"], indirect=True)
+@pytest.mark.parametrize("evaluation", [0, 3])
+def test_error_in_mid_run_leaves_nothing(case, evaluation: int) -> None:
+    """An evaluation that fails ends its run, also where the next run starts at the same timestep."""
+    schedule = build_schedule(profile_of(case), BACConfig(budget=2, **SUBBLOCK))
+    block = next(m for name, m in case.model.named_modules() if name.endswith("blocks.1"))
+    passes: list[int] = []
+
+    def fail(*_) -> None:
+        passes.append(1)
+        if len(passes) == evaluation + 1:
+            raise MemoryError("out of memory")
+
+    with apply_bac(case.model, schedule) as handle:
+        fresh = case.sample()
+        watch = block.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            case.sample(shift=2.0)
+        watch.remove()
+        after = case.sample()
         assert all(torch.equal(a, b) for a, b in zip(fresh, after, strict=True))
         assert handle.stats()["runs"] == 3
+        assert handle.stats()["cached_bytes"] == 0 < handle.stats()["peak_bytes"]
         handle.reset()
-        assert handle.stats()["cached_bytes"] == 0 and handle.stats()["runs"] == 0
+        assert handle.stats()["peak_bytes"] == 0 and handle.stats()["runs"] == 0
+
+
+@pytest.mark.parametrize("granularity", ["subblock", "stack"])
+def test_reset_ends_a_loop_that_was_left(granularity: str) -> None:
+    """A loop around a bare model that is left after its first evaluation can't be seen; `reset` tells."""
+    from tests.caching.conftest import Case
+
+    pixart, wan = Case("pixart"), Case("wan")
+
+    @torch.no_grad()
+    def named(count: int, start: torch.Tensor) -> list[torch.Tensor]:
+        outputs = []
+        for k in range(count):
+            with wan.model.cache_context("cond"):
+                outputs.append(wan.call(start, 900.0 - 150.0 * k))
+        return outputs
+
+    runs = {
+        pixart: (lambda: pixart.sample(), lambda: pixart.sample(num_steps=1, shift=2.0)),
+        wan: (lambda: named(5, wan.start), lambda: named(1, wan.start + 2.0)),
+    }
+    for case, (whole, left) in runs.items():
+        config = BACConfig(budget=2, granularity=granularity)
+        with apply_bac(case.model, config, profile=profile_of(case)) as handle:
+            fresh = whole()
+            left()
+            assert handle.stats()["cached_bytes"] > 0
+            handle.reset()
+            assert handle.stats()["cached_bytes"] == 0
+            assert all(torch.equal(a, b) for a, b in zip(fresh, whole(), strict=True))
 
 
 def test_change_of_shape_is_a_miss(pixart) -> None:
@@ -214,6 +262,93 @@ def test_refuses_beside_another_cache() -> None:
         apply_bac(pixart.model, schedule)
 
 
+def _other_caches() -> dict:
+    config = diffusers.TaylorSeerCacheConfig(use_lite_mode=True)
+    ratios = diffusers.MagCacheConfig(num_inference_steps=5, mag_ratios=[1.0] * 5)
+    return {"MagCache": ratios, "TaylorSeer": config, "FirstBlockCache": diffusers.FirstBlockCacheConfig()}
+
+
+@pytest.mark.parametrize("name", list(_other_caches()))
+def test_refuses_beside_every_cache_of_diffusers(name: str) -> None:
+    """Switched on by the model or by hand, told by the hooks; free again when they are gone."""
+    from tests.caching.conftest import Case
+
+    wan = Case("wan")
+    plain = wan.sample()
+    schedule = build_schedule(profile_of(wan), BACConfig(budget=2))
+    wan.model.enable_cache(_other_caches()[name])
+    with pytest.raises(ValueError, match="another cache .* is active; disable it"):
+        apply_bac(wan.model, schedule)
+    wan.model.disable_cache()
+    apply_bac(wan.model, schedule).remove()
+    assert all(torch.equal(a, b) for a, b in zip(plain, wan.sample(), strict=True))
+
+
+def test_refuses_beside_cache_dit(pixart) -> None:
+    """cache-dit marks the pipeline and the transformer it works on with `_is_cached`."""
+    schedule = build_schedule(profile_of(pixart), BACConfig(budget=2))
+    pipe = SimpleNamespace(transformer=pixart.model)
+    for marked in (pipe, pixart.model):
+        marked._is_cached = True
+        with pytest.raises(ValueError, match="cache-dit is active on this pipeline; disable it"):
+            apply_bac(pipe, schedule)
+        del marked._is_cached
+    apply_bac(pipe, schedule).remove()
+
+
+def test_refuses_another_class(pixart) -> None:
+    from tests.caching.conftest import Case
+
+    schedule = build_schedule(profile_of(pixart), BACConfig(budget=2))
+    with pytest.raises(ValueError, match="was made for PixArtTransformer2DModel, this model is WanTransformer3DModel"):
+        apply_bac(Case("wan").model, schedule)
+
+
+@pytest.mark.parametrize("granularity", ["subblock", "block", "stack"])
+@pytest.mark.parametrize("budget", [1, 2, 4])
+def test_constant_outputs_are_reproduced(pixart, granularity: str, budget: int) -> None:
+    """Where every unit gives the same at all steps, any schedule gives the full output: what a sub-block reuses to the
+    bit, what a block adds to the stream to rounding."""
+
+    @torch.no_grad()
+    def run() -> list[torch.Tensor]:
+        outputs, run_key = [], Run()
+        for k in range(5):
+            with publish_step(StepContext(k, 5, 900.0 - 150.0 * k, "none", 0, run_key)):
+                outputs.append(pixart.call(pixart.start, 500.0))
+        return outputs
+
+    with ProfileRecorder(pixart.model) as recorder:
+        plain = run()
+    config = BACConfig(budget=budget, granularity=granularity, predictor="reuse")
+    with apply_bac(pixart.model, config, profile=recorder.profile()) as handle:
+        cached = run()
+        assert sum(handle.stats()["reused"].values()) > 0
+    assert all(torch.equal(output, plain[0]) for output in plain)
+    for output in cached:
+        if granularity == "subblock":
+            assert torch.equal(output, plain[0])
+        torch.testing.assert_close(output, plain[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["pixart", "flux", "latte"], indirect=True)
+@pytest.mark.parametrize("schedule", ["shared", "per_block"])
+def test_the_compute_fraction_is_what_is_executed(case, schedule: str) -> None:
+    """rho of the schedule, bubbling included, is the ratio of the counted operations of a cached and a full run."""
+    profile = profile_of(case)
+    with FlopMeter() as full:
+        case.sample()
+    assert full.total == 5 * profile.total_flops
+    fractions = []
+    for granularity in ("subblock", "block"):
+        config = BACConfig(budget=2, granularity=granularity, schedule=schedule, bubble=2)
+        with apply_bac(case.model, config, profile=profile) as handle, FlopMeter() as meter:
+            case.sample()
+        fractions.append(handle.schedules[5].compute_fraction)
+        assert meter.total / full.total == pytest.approx(fractions[-1], abs=1e-9)
+    assert all(2 / 5 < fraction < 1 for fraction in fractions)
+
+
 def test_diffusers_contexts_and_reset() -> None:
     """cond and uncond contexts of a CacheMixin model are kept apart, also when a context was opened before apply."""
     from tests.caching.conftest import Case
@@ -254,20 +389,24 @@ def test_half_precision_cache(pixart) -> None:
 
 
 def test_compiled_once(pixart) -> None:
-    """Per-module compilation: fullgraph, no recompilation from step to step, same numbers."""
+    """Per-module compilation: fullgraph, no recompilation from step to step, same numbers.
+
+    The five steps of the first run compile one graph for each kind of sub-block, or two for the blocks (the input of
+    the first block has other strides), and later runs none.
+    """
     import torch._dynamo as dynamo
 
     profile = profile_of(pixart)
-    for granularity in ("subblock", "stack"):
+    for granularity, graphs in (("subblock", 3), ("stack", 2)):
         dynamo.reset()
         dynamo.utils.counters.clear()
         with apply_bac(pixart.model, BACConfig(budget=3, granularity=granularity), profile=profile) as handle:
             eager = pixart.sample()
             handle.compile(backend="eager", fullgraph=True)
             compiled = pixart.sample()
-            frames = dynamo.utils.counters["stats"]["unique_graphs"]
+            assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs
             pixart.sample(shift=0.3)
-            assert dynamo.utils.counters["stats"]["unique_graphs"] == frames
+            assert dynamo.utils.counters["stats"]["unique_graphs"] == graphs
             assert not dynamo.utils.counters["graph_break"]
         torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
     assert leftovers(pixart.model) == []

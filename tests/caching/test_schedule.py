@@ -1,12 +1,13 @@
 """Schedules: exact programmes against exhaustive search, the bubbling union's rules, and the forecasts."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from dit_suite.caching.plan import BACConfig, build_schedule
-from dit_suite.caching.profile import SimilarityProfile, UnitInfo
+from dit_suite.caching.profile import SimilarityProfile, UnitInfo, similarity_matrix
 from dit_suite.caching.schedule import (
     adaptive_schedule,
     adjacent_schedule,
@@ -17,6 +18,7 @@ from dit_suite.caching.schedule import (
     forecast_weights,
     mask_of,
     rank_blocks,
+    smallest_budget,
     spread_schedule,
     step_lengths,
     uniform_schedule,
@@ -170,3 +172,83 @@ def test_an_update_in_a_vanishing_step_is_wasted(objective: str, spends: bool) -
     )  # fmt: skip
     schedule = build_schedule(profile, BACConfig(budget=3, objective=objective))
     assert (5 in schedule.plan("*").steps[0]) == spends
+
+
+@pytest.mark.parametrize("target", [0.0, 3.0, 3.5, 7.0, 12.0])
+def test_smallest_budget_by_bisection(target: float) -> None:
+    quality = {1: 1.0, 2: 3.0, 3: 3.0, 4: 7.0, 5: 9.0, 6: 12.0}
+    tried: list[int] = []
+    found = smallest_budget(lambda budget: tried.append(budget) or quality[budget], 6, target)
+    assert found == min(budget for budget, value in quality.items() if value >= target)
+    assert len(tried) <= 4 and found - 1 in (0, *tried)
+    with pytest.raises(ValueError, match="no budget up to 6 computed steps reaches 13"):
+        smallest_budget(quality.__getitem__, 6, 13.0)
+
+
+def _drifting_profile() -> SimilarityProfile:
+    """Two blocks of two sub-blocks whose outputs drift, each in its own way."""
+    rng = np.random.default_rng(3)
+    rows = np.cumsum(rng.normal(size=(4, 9, 12)) * rng.uniform(0.2, 3.0, size=(4, 9, 1)), axis=1)
+    gram = rows @ rows.transpose(0, 2, 1)
+    norm = np.sqrt(np.einsum("ukk->uk", gram))
+    units = tuple(UnitInfo(f"blocks.{i // 2}.{i % 2}", ("sa", "ffn")[i % 2], i // 2, False, 1.0, 4.0 - i)
+                  for i in range(4))  # fmt: skip
+    timesteps = tuple(900.0 * (1 - k / 9) ** 2 for k in range(9))
+    return SimilarityProfile(
+        model="M", fingerprint="", scheduler={}, num_inference_steps=9, timesteps=timesteps,
+        positions=tuple((i, 0) for i in range(9)), units=units, total_flops=5.0, gram={"batched": gram},
+        cosine={"batched": gram / (norm[:, :, None] * norm[:, None, :])},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "where_it_counts", "where_it_does_not"),
+    [
+        ({"metric": "cosine"}, {"predictor": "reuse"}, {"predictor": "fitted"}),
+        ({"metric": "cosine"}, {"similarity": "adjacent"}, {"predictor": "linear"}),
+        ({"objective": "sum"}, {"predictor": "fitted"}, {"predictor": "reuse"}),
+        ({"objective": "sum"}, {"predictor": "linear"}, {"similarity": "adjacent"}),
+        ({"bubble": -1}, {"schedule": "per_block"}, {"schedule": "shared"}),
+        ({"order": 3}, {"predictor": "fitted"}, {"predictor": "reuse"}),
+        ({"similarity": "adjacent"}, {"predictor": "reuse"}, {"schedule": "uniform"}),
+    ],
+)
+def test_options_that_others_leave_out(change: dict, where_it_counts: dict, where_it_does_not: dict) -> None:
+    """What the options' help says about one another."""
+    profile = _drifting_profile()
+
+    def plans(**settings) -> dict:
+        return build_schedule(profile, BACConfig(budget=4, granularity="subblock", **settings)).branches
+
+    assert plans(**where_it_counts, **change) != plans(**where_it_counts)
+    assert plans(**where_it_does_not, **change) == plans(**where_it_does_not)
+
+
+@pytest.mark.parametrize("predictor", ["reuse", "linear", "fitted"])
+def test_scale_of_the_outputs_does_not_matter(predictor: str) -> None:
+    """Outputs twice as large give the same schedule, with distances twice as large."""
+    profile = _drifting_profile()
+    larger = dataclasses.replace(profile, gram={"batched": 4.0 * profile.gram["batched"]})
+    for schedule in ("shared", "per_block"):
+        config = BACConfig(budget=4, granularity="subblock", predictor=predictor, schedule=schedule)
+        plain, scaled = build_schedule(profile, config).plan("*"), build_schedule(larger, config).plan("*")
+        assert plain.steps == scaled.steps
+        for ours, theirs in zip(plain.weights, scaled.weights, strict=True):
+            assert ours.keys() == theirs.keys()
+            for step, weights in ours.items():
+                assert weights == pytest.approx(theirs[step], rel=1e-6)
+    unit = profile.matrices("l2", 0, ["batched"])
+    np.testing.assert_allclose(larger.matrices("l2", 0, ["batched"]), 2.0 * unit)
+    steps, score = adaptive_schedule(unit, 4, False)
+    again, doubled = adaptive_schedule(2.0 * unit, 4, False)
+    assert steps == again and doubled == pytest.approx(2.0 * score)
+
+
+def test_cosine_is_blind_to_scale() -> None:
+    """Each step's output times its own positive factor: the cosine matrix, and so the schedule, stay as they were."""
+    rows = np.random.default_rng(1).normal(size=(8, 20)).cumsum(axis=0)
+    factors = np.linspace(0.5, 4.0, 8)[:, None]
+    plain, scaled = similarity_matrix(rows, "cosine"), similarity_matrix(rows * factors, "cosine")
+    np.testing.assert_allclose(plain, scaled, atol=1e-12)
+    assert not np.allclose(similarity_matrix(rows, "l2"), similarity_matrix(rows * factors, "l2"))
+    assert adaptive_schedule(plain, 3, True)[0] == adaptive_schedule(scaled, 3, True)[0]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dit_suite.caching.recorder import FlopMeter
 from dit_suite.golden import read_fixture
 from dit_suite.golden.grafting import check
 from dit_suite.grafting.operators import MlpHyenaX, MultiHeadAttention, SlidingWindowAttention, decayed_scan
@@ -126,3 +127,19 @@ def test_scan_equals_the_recurrence(width: int) -> None:
 def test_mlp_hyena_refuses_other_lengths() -> None:
     with pytest.raises(ValueError, match="made for 9 tokens and got 8"):
         MlpHyenaX(8, 9)(torch.zeros(1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("kind", "growth"),
+    [("hyena_se", 4), ("hyena_x", 4), ("hyena_y", 4), ("hyena_x_2d", 4), ("gla", 4), ("mamba2", 4), ("mlp", 4),
+     ("mha", 16), ("pool_2d", 16)],
+)  # fmt: skip
+def test_cost_by_the_number_of_tokens(kind: str, growth: int) -> None:
+    """Counted operations from 256 to 1,024 tokens: 4 times as many, or 16 where all tokens meet (to 25 %)."""
+    counts = []
+    for tokens in (256, 1024):
+        operator = build_operator(OperatorSpec(kind=kind), 16, tokens, 2)
+        with torch.no_grad(), FlopMeter() as meter:
+            operator(torch.randn(1, tokens, 16))
+        counts.append(meter.total)
+    assert counts[1] / counts[0] == pytest.approx(growth, rel=0.25)

@@ -210,7 +210,11 @@ def test_a_stopped_distillation_goes_on_bit_for_bit(tmp_path: Path) -> None:
             sample(pipe, seed)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     other = Distiller(model, resumed, plan, DistillConfig(clip=1.0))
-    with pytest.raises(ValueError, match="another plan or other settings"):
+    with pytest.raises(ValueError, match="differs in its settings; delete it"):
+        other.load(tmp_path / "stage1.pt")
+    kind = GraftPlan.from_dict({"attention": {"kind": "hyena_se", "layers": [0, 3]}}, 4)
+    other = Distiller(model, graft(model, kind), kind, DistillConfig())
+    with pytest.raises(ValueError, match="differs in its plan; delete it"):
         other.load(tmp_path / "stage1.pt")
 
 

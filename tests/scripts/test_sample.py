@@ -262,3 +262,31 @@ def test_a_start_image_that_does_not_fit_is_one_sentence(tmp_path, capsys):
         assert main(video_command(tmp_path, in_channels, *more)) == 2
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
         assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_from_the_command_line(tmp_path, monkeypatch):
+    """BAC on a bundle with its own profile: half of the steps run the blocks, and the picture is the Python way's."""
+    from dit_suite import BACConfig, apply_bac, load_pipeline
+    from dit_suite.sampling import to_uint8
+    from dit_suite.schedulers.generators import sample_generators
+
+    pipe = load_pipeline("emoji-dit-32")
+    pipe.set_progress_bar_config(disable=True)
+    block, calls = type(pipe.transformer.transformer_blocks[0]), []
+    original = block.forward
+    monkeypatch.setattr(block, "forward", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    call = ["--model", "emoji-dit-32", "--class-labels", "1", "--num-inference-steps", "10", "--device", "cpu"]
+    depth, counts, pictures = len(pipe.transformer.transformer_blocks), [], []
+    for name, flags in (("plain", ()), ("cached", ("--accelerate", "bac:budget=5,interpolate=true"))):
+        calls.clear()
+        assert main([*call, *flags, "--output", str(tmp_path / name)]) == 0
+        counts.append(len(calls))
+        pictures.append(np.asarray(Image.open(tmp_path / name / "000000.png")))
+    assert counts == [10 * depth, 5 * depth]
+    assert read_record(tmp_path / "cached" / "000000.png")["accelerations"]["bac"]["budget"] == 5
+    error = np.square(pictures[0].astype(float) - pictures[1]).mean()
+    assert 0 < error < 255**2 / 10**2
+    with apply_bac(pipe, BACConfig(budget=5, interpolate=True)):
+        image = pipe(class_labels=[1], num_inference_steps=10, generator=sample_generators(0, [0]), output_type="np")
+    assert np.array_equal(to_uint8(image.images)[0], pictures[1])
+    assert main([*call, "--accelerate", "bac:budget=5", "--output", str(tmp_path / "refused")]) == 2

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from dit_suite.caching.recorder import ProfileRecorder
 from dit_suite.call_options import TextToImageOptions
+from dit_suite.checkpoints import load_pipeline
 from dit_suite.metadata import read_record
 from dit_suite.ui.compare_tab import compare, difference_map, variant_job
 from dit_suite.ui.engine import Engine, StopFlag, make_job
@@ -59,6 +62,26 @@ def test_bad_variants_are_refused_before_anything_runs(engine, job, text, messag
 
 
 def test_a_plug_in_is_part_of_the_variants_job(job):
-    changed = variant_job(job, "bac:flop_fraction=0.5,metric=cosine")
-    assert changed.to_dict()["accelerations"]["bac"]["flop_fraction"] == 0.5
+    changed = variant_job(job, "bac:flop_fraction=0.5,granularity=block")
+    found = changed.to_dict()["accelerations"]["bac"]
+    assert (found["flop_fraction"], found["granularity"]) == (0.5, "block")
     assert changed.seed == job.seed and job.accelerations == {}
+
+
+def test_a_variant_with_a_cache_is_measured(tmp_path):
+    """All steps computed: the baseline's picture. Half of them: another picture, for as many network evaluations."""
+    folder = save_tiny(tmp_path / "model")
+    options = TextToImageOptions(num_inference_steps=6)
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    with ProfileRecorder(pipe) as recorder:
+        pipe("red apple", **options.to_kwargs(), generator=torch.Generator().manual_seed(0))
+    recorder.profile().save(folder / "bac" / "profile-6.safetensors")
+    job = make_job(str(folder), "red apple", options, seed=3)
+    texts = ["bac:budget=6", "bac:budget=3,granularity=block"]
+    results, rows = final(Engine(tmp_path / "output", Limits()), job, texts)
+    assert [row[0] for row in rows] == ["baseline", *texts] and [row[3] for row in rows] == [6, 6, 6]
+    assert all(result.seconds > 0 for result in results) and all(row[2] > 0 for row in rows) and rows[0][2] == 1.0
+    assert rows[1][4:] == [100.0, 1.0] and 10 < rows[2][4] < 100 and rows[2][5] < 1.0
+    record = read_record(results[2].path)
+    assert record["accelerations"]["bac"]["budget"] == 3 and "bac" not in read_record(results[0].path)["accelerations"]
