@@ -98,6 +98,51 @@ def test_figures(pipe):
     assert "hits 75%" in stats.line()
 
 
+def test_frames_per_second_of_the_model_and_of_the_game_are_told_apart(pipe):
+    """A clock by hand: a frame takes two ticks of the model, and the page asks for the next one much later."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.02
+        return now[0]
+
+    session = PlaySession(pipe, clock=clock)
+    assert session.stats().game_fps == 0
+    session.step(0)
+    assert session.stats().game_fps == 0
+    for _ in range(60):
+        now[0] += 0.21
+        session.step(1)
+    stats = session.stats()
+    assert stats.model_fps == pytest.approx(50)
+    assert stats.game_fps == pytest.approx(4)
+    assert "game 4.0 frames/s | model 50.0 frames/s" in stats.line()
+
+
+def test_a_game_saved_while_it_runs_has_an_action_for_every_frame(pipe, tmp_path):
+    """The save comes at the worst moment: another thread asks for it while a frame is being added."""
+    session = PlaySession(pipe, PlayOptions(frames_per_second=10))
+    saves = []
+
+    class Watched(list):
+        def append(self, picture) -> None:
+            saves.append(threading.Thread(target=session.save, args=(tmp_path / f"{len(saves)}.mp4", "toy", "a" * 64)))
+            saves[-1].start()
+            saves[-1].join(0.3)  # long enough to look, not to finish where it has to wait
+            super().append(picture)
+
+    session.frames = Watched(session.frames)
+    for action in (0, 1, 2):
+        session.step(action)
+    for number, thread in enumerate(saves):
+        thread.join()
+        path = tmp_path / f"{number}.mp4"
+        played = read_video_record(path)["condition"]
+        assert played == [0, 1, 2][: len(played)]
+        assert len(played) > number
+        assert len(read_video(path)) == len(played) + 1
+
+
 def test_running_ahead_shows_what_plain_sampling_shows(pipe):
     plain = play(pipe, ACTIONS, speculation="off")
     ahead = PlaySession(pipe, PlayOptions(speculation="run_ahead"))
