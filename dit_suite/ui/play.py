@@ -114,7 +114,7 @@ class PlaySession:
             self._machine = SpeculativeSampler(self._sampler, speculation)
             if not self._given:
                 null = (0.0,) * pipe.transformer.config.num_actions
-                self.frames.append(self._picture(pipe.decode(self._machine.tick(null)[:, :, None])[0, :, 0]))
+                self.frames.append(self.picture(pipe.decode(self._machine.tick(null)[:, :, None])[0, :, 0]))
 
     def _base_seed(self) -> int:
         generator = torch.Generator().manual_seed(self.options.seed)
@@ -130,11 +130,12 @@ class PlaySession:
         frame = given[self.options.start_frame]
         null = torch.zeros(1, 1, self.pipe.transformer.config.num_actions)
         self._sampler.extend(self.pipe.encode(frame[None, :, None]), null)
-        self.frames.append(self._picture(frame))
+        self.frames.append(self.picture(frame))
         return True
 
     @staticmethod
-    def _picture(sample: torch.Tensor) -> np.ndarray:
+    def picture(sample: torch.Tensor) -> np.ndarray:
+        """A frame `(3, height, width)` in [-1, 1] as uint8 `(height, width, 3)`."""
         pixels = ((sample.float().cpu() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(1, 2, 0).numpy()
 
@@ -161,7 +162,7 @@ class PlaySession:
         with self.lock, torch.no_grad():
             begin = self._clock()
             sample = self._machine.tick(vector)
-            picture = self._picture(self.pipe.decode(sample[:, :, None])[0, :, 0])
+            picture = self.picture(self.pipe.decode(sample[:, :, None])[0, :, 0])
             end = self._clock()
         with self._clip_lock:
             self._seconds.append(end - begin)

@@ -13,7 +13,7 @@ from dit_suite.pipelines.pipeline_nfd import START_FRAMES, NFDPipeline
 from dit_suite.sampling import job_of_record, sample_batch
 from dit_suite.schedulers.trigflow import TrigFlowScheduler
 from dit_suite.ui.play import Player, PlayOptions, PlaySession, enlargement, keys_of_actions
-from dit_suite.ui.play_tab import PlayContext, PlayRooms, build_play_tab, enlarge
+from dit_suite.ui.play_tab import PlayContext, PlayRooms, build_play_tab, enlarge, start_choice, start_pictures
 from dit_suite.video import read_video, read_video_record
 
 NAMES = ("stay", "left", "forward+left")
@@ -197,6 +197,18 @@ def test_keys():
     assert enlarge(np.zeros((16, 16, 3), np.uint8)).size == (256, 256)
 
 
+def test_start_frames_are_chosen_by_their_pictures(pipe):
+    tiles = start_pictures(pipe)
+    assert [label for _, label in tiles] == ["0", "1", "dream one"]
+    for number in range(2):
+        picture = np.asarray(tiles[number][0])[16::32, 16::32]
+        assert np.array_equal(picture, PlaySession(pipe, PlayOptions(start_frame=number)).frames[0])
+    assert [start_choice(pipe, index) for index in range(3)] == [0, 1, None]
+    bare = NFDPipeline(pipe.transformer, pipe.scheduler, action_names=NAMES)
+    assert [label for _, label in start_pictures(bare)] == ["dream one"]
+    assert start_choice(bare, 0) is None
+
+
 def test_rooms_limit_games_and_know_their_models(folder, tmp_path):
     rooms = PlayRooms(PlayContext((str(folder),), tmp_path, max_visitors=2))
     with pytest.raises(ValueError, match="model must be one of"):
@@ -232,7 +244,7 @@ def test_the_tab_streams_frames_and_follows_the_held_action(folder, tmp_path):
     try:
         clients = [Client(url, verbose=False) for _ in range(2)]
         jobs = [
-            client.submit(str(folder), "0", seed, 1, 20, "off", 1, False, api_name="/play")
+            client.submit(str(folder), seed, 1, 20, "off", 1, False, api_name="/play")
             for seed, client in enumerate(clients)
         ]
         reached = threading.Event()
