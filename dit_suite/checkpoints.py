@@ -31,6 +31,20 @@ class Checkpoint:
     weights_sha256: str
 
 
+def makes_clips(path_or_name: str | os.PathLike) -> bool:
+    """Whether the samples of a checkpoint are clips: its technique's task says so, or its network has several frames.
+
+    Raises:
+        ValueError, FileNotFoundError: as `find_folder`; or the folder holds no pipeline.
+    """
+    _, folder = find_folder(path_or_name)
+    model_index = _read_model_index(folder)
+    row = technique_of_class(model_index["_class_name"], _component_class(model_index, "transformer"))
+    config = folder / "transformer" / "config.json"
+    frames = json.loads(config.read_text("utf-8")).get("num_frames") if config.is_file() else None
+    return not row.task.endswith("to-image") or (frames or 1) > 1
+
+
 def bundled_root() -> Path:
     """The folder of the bundled checkpoints: inside an installed package, or `checkpoints/` of a checkout."""
     package = Path(__file__).resolve().parent

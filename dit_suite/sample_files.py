@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dit_suite.checkpoints import makes_clips
 from dit_suite.metadata import write_atomically, write_json, write_png
 from dit_suite.sampling import SamplingJob, batches, open_job, sample_batch, sample_record
 
@@ -49,7 +50,7 @@ class SampleFolder:
             folder: where the samples go.
             job: what makes them.
             with_metadata: whether files say how they were made.
-            clip_format: "mp4" or "gif", for pipelines that make clips.
+            clip_format: "mp4" or "gif", for checkpoints that make clips.
             with_frames: also write every clip's frames as PNGs into a folder of its number.
 
         Raises:
@@ -59,9 +60,9 @@ class SampleFolder:
         self.job = job
         self.with_metadata = with_metadata
         self.with_frames = with_frames
-        self.suffix = ".png" if job.row.task.endswith("to-image") else f".{clip_format}"
+        self.suffix = f".{clip_format}" if makes_clips(job.model) else ".png"
         if with_frames and self.suffix == ".png":
-            raise ValueError(f"frames are written for clips; {job.technique} makes pictures")
+            raise ValueError(f"frames are written for clips; {job.model} makes pictures")
         self._refuse_other_job()
 
     def _refuse_other_job(self) -> None:

@@ -112,6 +112,19 @@ class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             return self.video_processor.postprocess_video(latents, output_type=output_type)
         return self.video_processor.postprocess(latents[:, :, 0], output_type=output_type)
 
+    def preview_sample(self, latents: torch.Tensor) -> torch.Tensor:
+        """What a callback's sample shows by now: blocks not begun are grey (0), frames not begun are left out.
+
+        Args:
+            latents: the whole sample so far `(batch, channels, frames, height, width)`, as a callback gets it.
+        """
+        model = self.transformer
+        index, block_size = self._block
+        blocks = model.to_blocks(latents, block_size).clone()
+        blocks[:, index + 1 :] = 0.0
+        frames = -(-(index + 1) * block_size * model.config.num_frames // model.num_tokens)
+        return model.from_blocks(blocks)[:, :, :frames]
+
     def _predict(
         self, hidden: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, step: StepContext, **cached: Any
     ) -> torch.Tensor:
@@ -197,6 +210,7 @@ class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         number = 0
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for index in range(num_prefix_blocks, num_blocks):
+                self._block = index, block_size
                 scheduler = type(self.scheduler).from_config(self.scheduler.config)
                 scheduler.set_timesteps(num_inference_steps, device=device)
                 block = blocks[:, index : index + 1] * scheduler.init_noise_sigma

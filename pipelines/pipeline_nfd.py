@@ -84,6 +84,13 @@ class NFDPipeline(SamplingMixin, DiffusionPipeline):
         """These models are not guided."""
         return 1.0
 
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of a frame in pixels."""
+        config = self.transformer.config
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return config.sample_height * factor, config.sample_width * factor
+
     def start_frames(self) -> torch.Tensor | None:
         """Start frames that come with the checkpoint, `(count, 3, height, width)` in [-1, 1], or None.
 
@@ -92,7 +99,7 @@ class NFDPipeline(SamplingMixin, DiffusionPipeline):
         path = Path(self.config.get("_name_or_path") or ".") / START_FRAMES
         if not path.is_file():
             return None
-        width = self.transformer.config.sample_width
+        width = self.frame_size[1]
         with Image.open(path) as picture:
             pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy())
         return pixels.permute(2, 0, 1).unflatten(2, (-1, width)).permute(2, 0, 1, 3).float() / 127.5 - 1.0

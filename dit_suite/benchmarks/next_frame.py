@@ -11,6 +11,7 @@ On a GPU: `--shape 310m --steps 4 --dtype bfloat16 --device cuda --fixed-passes 
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -190,42 +191,42 @@ def _plain_rows(network: NFDTransformer3DModel, args: argparse.Namespace) -> lis
     return rows
 
 
+def _speculative_row(
+    network: NFDTransformer3DModel, steps: int, persistence: float, length: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    ratios, predictions, realised, spent, counts = [], [], [], [], {}
+    for round_index in range(args.rounds):
+        plain = time_plain(network, steps, "rolling", args)
+        single, joint = (draft_seconds(network, steps, n, persistence, args) for n in (1, length))
+        seconds, counts = time_speculative(network, steps, length, persistence, args, round_index)
+        again = time_plain(network, steps, "rolling", args)
+        ratios.append((plain + again) / 2 / seconds)
+        predictions.append(accepted_frames(persistence, length) * single / joint)
+        realised.append(single / joint / counts["drafts"])
+        spent.append(seconds)
+    return {
+        "variant": f"cache + speculation N={length}",
+        "steps": steps,
+        "persistence": persistence,
+        "ms_per_frame": 1000 * statistics.median(spent),
+        "fps": 1 / statistics.median(spent),
+        "speedup_vs_cache": statistics.median(ratios),
+        "predicted_speedup": statistics.median(predictions),
+        "predicted_from_drafts": statistics.median(realised),
+        **counts,
+    }
+
+
 def _speculative_rows(network: NFDTransformer3DModel, args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
-    steps = args.steps[-1]
-    for persistence in args.persistence:
-        for length in args.draft_length:
-            ratios, predictions, realised, spent, counts = [], [], [], [], {}
-            for round_index in range(args.rounds):
-                plain = time_plain(network, steps, "rolling", args)
-                single, joint = (draft_seconds(network, steps, n, persistence, args) for n in (1, length))
-                seconds, counts = time_speculative(network, steps, length, persistence, args, round_index)
-                again = time_plain(network, steps, "rolling", args)
-                ratios.append((plain + again) / 2 / seconds)
-                predictions.append(accepted_frames(persistence, length) * single / joint)
-                realised.append(single / joint / counts["drafts"])
-                spent.append(seconds)
-            rows.append(
-                {
-                    "variant": f"cache + speculation N={length}",
-                    "steps": steps,
-                    "persistence": persistence,
-                    "ms_per_frame": 1000 * statistics.median(spent),
-                    "fps": 1 / statistics.median(spent),
-                    "speedup_vs_cache": statistics.median(ratios),
-                    "predicted_speedup": statistics.median(predictions),
-                    "predicted_from_drafts": statistics.median(realised),
-                    **counts,
-                }
-            )
-    return rows
+    cases = itertools.product(args.steps, args.persistence, args.draft_length)
+    return [_speculative_row(network, *case, args) for case in cases]
 
 
 def _cache_length_rows(network: NFDTransformer3DModel, args: argparse.Namespace) -> list[dict[str, Any]]:
     window, rows = network.config.window, []
     action = torch.eye(network.config.num_actions)[:1, None]
-    for frames in sorted({1, window // 2, window - 1} - {0}):
-        sampler = filled_sampler(network, settings(args.steps[-1], args), frames=frames)
+    for steps, frames in itertools.product(args.steps, sorted({1, window // 2, window - 1} - {0})):
+        sampler = filled_sampler(network, settings(steps, args), frames=frames)
         values = []
         for _ in range(max(4, args.frames // 2)):
             values.append(_seconds(sampler.draft, args, action))
@@ -233,7 +234,7 @@ def _cache_length_rows(network: NFDTransformer3DModel, args: argparse.Namespace)
         rows.append(
             {
                 "variant": f"context of {frames} frames",
-                "steps": args.steps[-1],
+                "steps": steps,
                 "ms_per_frame": 1000 * statistics.median(values[1:]),
                 "fps": 1 / statistics.median(values[1:]),
             }

@@ -4,9 +4,12 @@
 whose held-out episodes are used. A small inverse-dynamics network, trained here on real frames and held to 90 % on real
 held-out frames, judges whether the generated frames follow the actions; a worse one judges nothing. On recorded
 first-person play it is asked for the turn only (see `dit_suite.evaluation.rollout`).
+
+`--draft-length 1 2 3` says what joint drafts cost in quality: later frames of a draft are not those of plain sampling.
 """
 
 import argparse
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", type=int, default=32, help="clips compared")
     parser.add_argument("--rollout-steps", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--num-inference-steps", type=int, nargs="*", default=[], help="default: as trained")
+    parser.add_argument(
+        "--draft-length", type=int, nargs="+", default=[1], help="frames per joint draft; 1: plain sampling"
+    )
     parser.add_argument("--judge-steps", type=int, default=600, help="training steps of the inverse dynamics")
     parser.add_argument("--judge-pairs", type=int, default=3000, help="real frame pairs that train it")
     parser.add_argument("--judge-labels", choices=("auto", "all", "turn"), default="auto", help="what it must tell")
@@ -119,7 +125,7 @@ def train_judge(judge: Judge, steps: int) -> InverseDynamics:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """One row per number of passes and rollout step."""
+    """One row per number of passes, draft length and rollout step."""
     import dit_suite
 
     if args.data != "game" and not Path(args.data).is_dir():
@@ -127,25 +133,31 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipe = dit_suite.load_pipeline(args.model, device=args.device)
     pipe.set_progress_bar_config(disable=True)
     steps = tuple(args.rollout_steps)
-    length = 1 + max(steps)
+    num_frames = 1 + max(steps)
     names = tuple(pipe.config.action_names)
     if args.data == "game":
-        video, actions = game_clips(args.clips, length, 101)
+        video, actions = game_clips(args.clips, num_frames, 101)
     else:
-        video, actions = recorded_clips(args.data, "heldout", args.clips, length, len(names))
+        video, actions = recorded_clips(args.data, "heldout", args.clips, num_frames, len(names))
     judge = open_judge(args, names)
     network = train_judge(judge, args.judge_steps)
     real = video[:, :, 1:]
     floor = closeness(video[:, :, :1].expand_as(real), real, steps)
     rows = []
-    for passes in args.num_inference_steps or [pipe.config.default_steps]:
-        options = RolloutOptions(steps=steps, num_inference_steps=passes, batch_size=32)
+    for passes, length in itertools.product(args.num_inference_steps or [pipe.config.default_steps], args.draft_length):
+        options = RolloutOptions(
+            steps=steps,
+            num_inference_steps=passes,
+            speculation="joint" if length > 1 else "off",
+            draft_length=length,
+            batch_size=32,
+        )
         predicted = roll_out(pipe, video, actions, options).cpu()
-        near = slice(0, min(9, length))
+        near = slice(0, min(9, num_frames))
         walked = torch.cat([video[:, :, :1], predicted], dim=2)[:, :, near]
         generated = classified((walked, actions[:, near]), judge.classes, judge.still, video[:, :, near])
         for row, flat in zip(closeness(predicted, real, steps), floor, strict=True):
-            rows.append({"passes": passes, **row, "psnr_of_still": flat["psnr"]})
+            rows.append({"passes": passes, "draft_length": length, **row, "psnr_of_still": flat["psnr"]})
         try:
             rows[-len(steps)] |= action_following(network, judge.held_out, generated)
         except JudgeError:

@@ -25,7 +25,7 @@ from dit_suite.options import Options, option
 ACTION_NAMES = ("none", "forward", "left", "right", "forward-left", "forward-right")
 # buttons: move forward, turn left, turn right
 BUTTONS = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1))
-SCENARIOS = ("my_way_home", "health_gathering_supreme", "deathmatch", "deadly_corridor")
+SCENARIOS = ("my_way_home", "health_gathering", "health_gathering_supreme", "deathmatch", "deadly_corridor")
 _ODDS = (0.03, 0.52, 0.09, 0.09, 0.135, 0.135)
 _NEAR = 12.0
 _CENTRE = (slice(40, 80), slice(50, 110))

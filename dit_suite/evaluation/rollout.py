@@ -17,6 +17,7 @@ from torch import nn
 
 from dit_suite.evaluation.pairs import psnr, ssim
 from dit_suite.options import Options, option
+from dit_suite.schedulers.speculative import MODES
 
 REQUIRED_ACCURACY = 0.9
 
@@ -28,6 +29,8 @@ class RolloutOptions(Options):
     steps: tuple[int, ...] = option((1, 8, 32, 128), "rollout steps that are compared", minimum=1)
     context_frames: int = option(1, "real frames before the rollout", minimum=1, maximum=64)
     num_inference_steps: int | None = option(None, "denoising passes per frame (default: as trained)", minimum=1)
+    speculation: str = option("off", "draft frames for the present action", choices=MODES)
+    draft_length: int = option(3, "frames in a draft", minimum=1, maximum=16)
     batch_size: int = option(8, "clips at once", minimum=1)
     seed: int = option(0, "clip i draws its noise from seed + i", minimum=0)
 
@@ -60,6 +63,8 @@ def roll_out(pipe: Any, video: torch.Tensor, actions: torch.Tensor, options: Rol
             actions[rows, first:length],
             image=video[rows, :, :first],
             num_inference_steps=options.num_inference_steps,
+            speculation=options.speculation,
+            draft_length=options.draft_length,
             generator=sample_generators(options.seed, range(rows.start, rows.stop)),
             output_type="pt",
         ).frames

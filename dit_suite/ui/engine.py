@@ -278,8 +278,17 @@ def _next_event(events: queue.Queue) -> Any:
 
 
 def _preview(pipe: Any, latents: Any) -> Image.Image | None:
-    """A cheap look at an unfinished picture; models with a VAE show none, decoding would cost too much."""
-    if latents is None or latents.ndim != 4 or latents.shape[1] != 3 or getattr(pipe, "vae", None) is not None:
+    """A cheap look at an unfinished sample, a clip's last frame; models with a VAE show none, decoding costs too much.
+
+    A pipeline whose samples are partly not begun has `preview_sample`, which hides or leaves out that part.
+    """
+    if latents is None or getattr(pipe, "vae", None) is not None:
+        return None
+    if hasattr(pipe, "preview_sample"):
+        latents = pipe.preview_sample(latents)
+    if latents.ndim == 5:
+        latents = latents[:, :, -1]
+    if latents.ndim != 4 or latents.shape[1] != 3:
         return None
     pixels = (latents[0].float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().byte()
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())

@@ -46,6 +46,7 @@ class PlayStats:
 
     Attributes:
         frames: frames played.
+        game_fps: frames per second of the game as it runs: model, pauses, and waiting for other visitors included.
         model_fps: frames per second of the model alone, over the last frames.
         hit_rate, discard_rate: see `SpeculationStats`.
         draft_length: length of the next draft.
@@ -53,6 +54,7 @@ class PlayStats:
     """
 
     frames: int
+    game_fps: float
     model_fps: float
     hit_rate: float
     discard_rate: float
@@ -62,8 +64,9 @@ class PlayStats:
     def line(self) -> str:
         """One line of text."""
         return (
-            f"frame {self.frames} | model {self.model_fps:.1f} frames/s | {self.num_inference_steps} passes a frame | "
-            f"draft {self.draft_length} | hits {self.hit_rate:.0%} | discarded {self.discard_rate:.0%}"
+            f"frame {self.frames} | game {self.game_fps:.1f} frames/s | model {self.model_fps:.1f} frames/s | "
+            f"{self.num_inference_steps} passes a frame | draft {self.draft_length} | hits {self.hit_rate:.0%} | "
+            f"discarded {self.discard_rate:.0%}"
         )
 
 
@@ -74,14 +77,22 @@ class PlaySession:
         pipe: an `NFDPipeline`; sessions may share one, they share no state in it.
         options: see `PlayOptions`.
         lock: held while the network runs, so that sessions on one device take turns.
+        clock: seconds, for the live figures.
 
     Raises:
         ValueError: the start frame does not exist.
     """
 
-    def __init__(self, pipe: Any, options: PlayOptions | None = None, lock: Any = None):
+    def __init__(
+        self,
+        pipe: Any,
+        options: PlayOptions | None = None,
+        lock: Any = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         self.pipe, self.options = pipe, options or PlayOptions()
-        self.lock = lock or threading.Lock()
+        self.lock, self._clock = lock or threading.Lock(), clock
+        self._clip_lock = threading.Lock()  # of its own: saving does not wait for a network
         self.num_inference_steps = self.options.num_inference_steps or pipe.config.default_steps
         speculation = SpeculativeOptions(
             speculation=self.options.speculation,
@@ -94,6 +105,7 @@ class PlaySession:
             fixed_passes=self.options.fixed_passes,
         )
         self._seconds: deque[float] = deque(maxlen=TIMED_FRAMES)
+        self._ends: deque[float] = deque(maxlen=TIMED_FRAMES)
         self.actions: list[int] = []
         self.frames: list[np.ndarray] = []
         with self.lock, torch.no_grad():
@@ -102,7 +114,7 @@ class PlaySession:
             self._machine = SpeculativeSampler(self._sampler, speculation)
             if not self._given:
                 null = (0.0,) * pipe.transformer.config.num_actions
-                self.frames.append(self._picture(pipe.decode(self._machine.tick(null)[:, :, None])[0, :, 0]))
+                self.frames.append(self.picture(pipe.decode(self._machine.tick(null)[:, :, None])[0, :, 0]))
 
     def _base_seed(self) -> int:
         generator = torch.Generator().manual_seed(self.options.seed)
@@ -118,11 +130,12 @@ class PlaySession:
         frame = given[self.options.start_frame]
         null = torch.zeros(1, 1, self.pipe.transformer.config.num_actions)
         self._sampler.extend(self.pipe.encode(frame[None, :, None]), null)
-        self.frames.append(self._picture(frame))
+        self.frames.append(self.picture(frame))
         return True
 
     @staticmethod
-    def _picture(sample: torch.Tensor) -> np.ndarray:
+    def picture(sample: torch.Tensor) -> np.ndarray:
+        """A frame `(3, height, width)` in [-1, 1] as uint8 `(height, width, 3)`."""
         pixels = ((sample.float().cpu() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(1, 2, 0).numpy()
 
@@ -147,12 +160,15 @@ class PlaySession:
             raise ValueError(f"the game is over after {self.options.max_frames} frames")
         vector = tuple(float(i == action) for i in range(len(self.action_names)))
         with self.lock, torch.no_grad():
-            begin = time.perf_counter()
+            begin = self._clock()
             sample = self._machine.tick(vector)
-            picture = self._picture(self.pipe.decode(sample[:, :, None])[0, :, 0])
-            self._seconds.append(time.perf_counter() - begin)
-        self.actions.append(int(action))
-        self.frames.append(picture)
+            picture = self.picture(self.pipe.decode(sample[:, :, None])[0, :, 0])
+            end = self._clock()
+        with self._clip_lock:
+            self._seconds.append(end - begin)
+            self._ends.append(end)
+            self.actions.append(int(action))
+            self.frames.append(picture)
         return picture
 
     def idle(self) -> bool:
@@ -163,8 +179,10 @@ class PlaySession:
     def stats(self) -> PlayStats:
         """Live figures."""
         total = sum(self._seconds)
+        span = self._ends[-1] - self._ends[0] if self._ends else 0.0
         return PlayStats(
             frames=len(self.actions),
+            game_fps=(len(self._ends) - 1) / span if span else 0.0,
             model_fps=len(self._seconds) / total if total else 0.0,
             hit_rate=self._machine.stats.hit_rate,
             discard_rate=self._machine.stats.discard_rate,
@@ -172,8 +190,17 @@ class PlaySession:
             num_inference_steps=self.num_inference_steps,
         )
 
-    def record(self, model: str, weights_sha256: str) -> dict[str, Any]:
-        """Metadata of a sampling job that makes the same frames (`scripts/sample.py --from-image`)."""
+    def snapshot(self) -> tuple[list[int], list[np.ndarray]]:
+        """Actions and frames so far, a frame more than actions, also while the game goes on."""
+        with self._clip_lock:
+            return self.actions.copy(), self.frames.copy()
+
+    def record(self, model: str, weights_sha256: str, actions: Sequence[int] | None = None) -> dict[str, Any]:
+        """Metadata of a sampling job that makes the same frames (`scripts/sample.py --from-image`).
+
+        Args:
+            actions: those of the frames in question; default: all so far.
+        """
         options = NFDOptions(
             num_inference_steps=self.num_inference_steps,
             start_frame=self.options.start_frame if self._given else None,
@@ -183,18 +210,20 @@ class PlaySession:
             fixed_passes=self.options.fixed_passes,
             fps=self.options.frames_per_second,
         )
-        job = SamplingJob("nfd", model, weights_sha256, (self.actions.copy(),), options, self.options.seed, 1)
+        played = list(self.snapshot()[0] if actions is None else actions)
+        job = SamplingJob("nfd", model, weights_sha256, (played,), options, self.options.seed, 1)
         return sample_record(job, 0, [0])
 
     def save(self, path: Path, model: str, weights_sha256: str) -> Path:
-        """Writes the game as MP4 with its actions inside. Small frames are enlarged without smoothing."""
+        """Writes the game so far as MP4 with its actions inside. Small frames are enlarged without smoothing."""
         from dit_suite.video import write_video
 
-        frames = np.stack(self.frames)
+        actions, pictures = self.snapshot()
+        frames = np.stack(pictures)
         scale = enlargement(frames.shape[1])
         frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
         path.parent.mkdir(parents=True, exist_ok=True)
-        record = self.record(model, weights_sha256)
+        record = self.record(model, weights_sha256, actions)
         write_video(frames, path, fps=self.options.frames_per_second, record=record)
         return path
 

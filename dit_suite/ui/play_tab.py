@@ -154,9 +154,19 @@ def enlarge(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(picture.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
-def _choices(pipe: Any) -> list[str]:
-    frames = pipe.start_frames()
-    return ["dream one"] if frames is None else [str(i) for i in range(len(frames))] + ["dream one"]
+def start_pictures(pipe: Any) -> list[tuple[Image.Image, str]]:
+    """The start frames of a checkpoint with their numbers, then a grey picture for "the model dreams one"."""
+    given = pipe.start_frames()
+    frames = [] if given is None else [PlaySession.picture(frame) for frame in given]
+    grey = np.random.default_rng(0).integers(96, 160, pipe.frame_size, dtype=np.uint8)
+    tiles = [(enlarge(frame), str(number)) for number, frame in enumerate(frames)]
+    return [*tiles, (enlarge(np.stack([grey] * 3, axis=2)), "dream one")]
+
+
+def start_choice(pipe: Any, index: int) -> int | None:
+    """The `start_frame` that the picture at this place of `start_pictures` stands for."""
+    given = pipe.start_frames()
+    return index if given is not None and index < len(given) else None
 
 
 def build_play_tab(context: PlayContext) -> PlayRooms:
@@ -181,7 +191,11 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
             saved = gr.File(label="Recording", interactive=False, visible=False)
         with gr.Column(scale=1):
             model = gr.Dropdown(list(context.models), value=context.models[0], label="Model")
-            begin = gr.Dropdown(_choices(pipe), value=_choices(pipe)[0], label="Start frame")
+            begin = gr.State(start_choice(pipe, 0))
+            starts = gr.Gallery(
+                start_pictures(pipe), label="Start frame", columns=3, height=340, object_fit="contain", format="png",
+                allow_preview=False, selected_index=0, interactive=False, buttons=[], elem_id="play-starts",
+            )  # fmt: skip
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
             steps = gr.Slider(1, 20, value=pipe.config.default_steps, step=1, label="Passes per frame")
             speed = gr.Slider(1, 60, value=defaults.frames_per_second, step=1, label="Frames per second")
@@ -190,7 +204,7 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
             adaptive = gr.Checkbox(defaults.adaptive_draft, label="Draft length follows the player")
 
     def play(
-        model: str, begin: str, seed: float, steps: float, speed: float, speculation: str, draft: float,
+        model: str, begin: int | None, seed: float, steps: float, speed: float, speculation: str, draft: float,
         adaptive: bool, request: gr.Request,
     ) -> Iterator[tuple[Any, str]]:  # fmt: skip
         try:
@@ -200,7 +214,7 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
                 draft_length=int(draft),
                 adaptive_draft=bool(adaptive),
                 seed=int(seed or 0),
-                start_frame=int(begin) if begin.isdecimal() else None,
+                start_frame=begin,
                 frames_per_second=int(speed),
             )
             player = rooms.start(request.session_hash, model, options)
@@ -245,12 +259,16 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
 
                 button.click(press, None, None, queue=False, show_progress="hidden", **private)
 
-    def switched(name: str) -> tuple[Any, Any, Any]:
+    def switched(name: str) -> tuple[Any, Any, Any, Any]:
         chosen, _ = rooms.pipe(name)
-        choices = _choices(chosen)
-        return gr.Dropdown(choices, value=choices[0]), chosen.config.default_steps, chosen.config.fps
+        pictures = gr.Gallery(start_pictures(chosen), selected_index=0)
+        return pictures, start_choice(chosen, 0), chosen.config.default_steps, chosen.config.fps
 
-    model.change(switched, [model], [begin, steps, speed], **private)
+    def pick(name: str, event: gr.SelectData) -> int | None:
+        return start_choice(rooms.pipe(name)[0], event.index)
+
+    model.change(switched, [model], [starts, begin, steps, speed], **private)
+    starts.select(pick, [model], [begin], queue=False, show_progress="hidden", **private)
     # not on the click of Play: the page runs the listeners of one event in turn, and the game's ends with the game
     Context.root_block.load(None, None, None, js=_KEYS, **private)
     Context.root_block.unload(leave)

@@ -2,8 +2,6 @@
 
 import argparse
 
-import pytest
-
 from dit_suite.benchmarks import acdit
 
 
@@ -14,7 +12,7 @@ def test_counted_flops_follow_the_model():
     rows = acdit.run(parser.parse_args(flags.split()))["rows"]
     assert [row["blocks"] for row in rows] == [1, 4]
     assert [row["passes"] for row in rows] == [1, 4]
-    for row in rows:
-        assert row["gflops"] == pytest.approx(row["predicted_gflops"], rel=0.1)
+    for row in rows:  # embeddings and the last layer are not in the model
+        assert row["predicted_gflops"] < row["gflops"] < 1.003 * row["predicted_gflops"]
     assert rows[0]["cache_mb"] == 0
     assert rows[1]["cache_mb"] > 0

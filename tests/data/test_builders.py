@@ -16,7 +16,7 @@ from PIL import Image
 from dit_suite.data import folder as folder_builder
 from dit_suite.data.anim64 import AnimationOptions, clip_frames, encode_clip, part_key
 from dit_suite.data.folder import FolderOptions, build_folder, centre_crop
-from dit_suite.data.freedoom import BUTTONS, DepthPlayer, FreedoomOptions, build_freedoom, still_share
+from dit_suite.data.freedoom import BUTTONS, SCENARIOS, DepthPlayer, FreedoomOptions, build_freedoom, still_share
 from dit_suite.data.readers import decode_clip, open_source
 from dit_suite.data.tables import read_rows
 from dit_suite.training.config import DataSection
@@ -184,6 +184,18 @@ def test_recording_is_deterministic_and_leaves_nothing_behind(tmp_path, monkeypa
     source = open_source(DataSection(kind="actions", path=str(tmp_path / "a"), frames=8, split="all"))
     assert len(source) == 43 + 23 and source.sample_shape == (3, 8, 48, 64)
     assert "Freedoom" in (tmp_path / "a/NOTICE").read_text()
+
+
+def test_every_level_on_offer_comes_with_vizdoom_and_can_be_recorded(tmp_path):
+    """The small health-gathering room is another level than the maze of the same name; both are on offer."""
+    vizdoom = pytest.importorskip("vizdoom")
+    assert all((Path(vizdoom.scenarios_path) / f"{name}.cfg").is_file() for name in SCENARIOS)
+    rooms = "health_gathering", "health_gathering_supreme"
+    path = build_freedoom(tmp_path, FreedoomOptions(scenarios=rooms, frames=12, episode_frames=12))
+    rows = read_rows(path)
+    assert [row["scenario"] for row in rows] == list(rooms)
+    first, second = (np.frombuffer(row["frames"], np.uint8).astype(int) for row in rows)
+    assert np.abs(first - second).mean() > 2
 
 
 def test_unknown_levels_are_refused():

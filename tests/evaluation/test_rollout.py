@@ -32,7 +32,7 @@ class Oracle:
     def __init__(self, video: torch.Tensor, late: int):
         self.video, self.late, self.place = video, late, 0
 
-    def __call__(self, actions, image, num_inference_steps, generator, output_type):
+    def __call__(self, actions, image, generator, **options):
         rows = slice(self.place, self.place + len(actions))
         self.place += len(actions)
         frames = self.video[rows].clone()

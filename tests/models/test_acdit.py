@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 
 from dit_suite.converters import ConversionError
@@ -13,7 +15,8 @@ from dit_suite.converters import acdit as converter
 from dit_suite.converters.acdit import build_model
 from dit_suite.golden import acdit as golden
 from dit_suite.golden import read_fixture, section
-from dit_suite.models.acdit import ACDiTTransformer3DModel
+from dit_suite.models.acdit import ACDIT_SIZES, ACDiTTransformer3DModel
+from dit_suite.models.block_causal import rope_tables
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILES = sorted(GOLDEN.glob("acdit_*.safetensors"))
@@ -89,6 +92,51 @@ def test_one_block_is_a_plain_dit():
     )
     cached = model(noisy, time, labels, kv_cache=model.new_cache(2), block_index=0).sample
     torch.testing.assert_close(cached, alone, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 2])
+def test_one_block_equals_a_dense_full_attention_transformer(frames: int):
+    """A2: the network written down once more, token by token over the whole sequence, with softmax in full."""
+    model = tiny(block_size=16 * frames, num_frames=frames)
+    for parameter in model.parameters():  # biases and norms start alike
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    _, noisy, time, labels = draw(model)
+    heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
+    cosine, sine = rope_tables(model.position_ids(), model.rope_dims, model.rope_bases, "axial")
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    def linear(x: torch.Tensor, layer: torch.nn.Linear) -> torch.Tensor:
+        return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x * cosine + torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], dim=-1) * sine
+
+    angles = time * torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    features = linear(torch.cat([angles.cos(), angles.sin()], dim=-1), model.time_embed.linear_1)
+    features = linear(features * features.sigmoid(), model.time_embed.linear_2)
+    condition = features + model.label_embed.embedding_table.weight[labels]
+    condition = (condition * condition.sigmoid())[:, None]
+    x = linear(noisy[:, 0], model.token_embed)
+    for block in model.transformer_blocks:
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(condition, block.modulation).chunk(6, dim=-1)
+        h = norm(x, block.norm1.weight) * (1 + scale1) + shift1
+        q, k, v = (
+            part.unflatten(2, (heads, dim)).transpose(1, 2) for part in linear(h, block.attn.to_qkv).chunk(3, -1)
+        )
+        q, k = turned(norm(q, block.attn.norm_q.weight)), turned(norm(k, block.attn.norm_k.weight))
+        weights = (q @ k.transpose(2, 3) / dim**0.5).softmax(-1)
+        assert weights.shape[-2:] == (16 * frames, 16 * frames)
+        x = x + gate1 * linear((weights @ v).transpose(1, 2).flatten(2), block.attn.to_out)
+        h = norm(x, block.norm2.weight) * (1 + scale2) + shift2
+        h = torch.nn.functional.gelu(linear(h, block.ff.net[0].proj), approximate="tanh")
+        x = x + gate2 * linear(h, block.ff.net[2])
+    shift, scale = linear(condition, model.modulation_out).chunk(2, dim=-1)
+    expected = linear(norm(x, model.norm_out.weight) * (1 + scale) + shift, model.proj_out)
+    torch.testing.assert_close(model(noisy, time, labels).sample[:, 0], expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -249,6 +297,52 @@ def test_a_new_model_predicts_zero_and_leaves_label_dropout_to_the_trainer():
     assert not torch.allclose(dropped, evaluated, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("size", "picture", "clip"),
+    [
+        ("B", 130_305_028, 129_633_040),
+        ("L", 457_851_908, 456_955_920),
+        ("XL", 674_856_708, 673_848_720),
+        ("H", 950_959_620, 949_839_632),
+    ],
+)
+def test_named_sizes_have_the_parameters_of_the_reference(size: str, picture: int, clip: int):
+    """Counted in the reference code: ImageNet latents in patches of 1, UCF-101 latents in patches of 2."""
+    with init_empty_weights():
+        image = ACDiTTransformer3DModel(**ACDIT_SIZES[size])
+        video = ACDiTTransformer3DModel(
+            num_frames=16, patch_size=2, block_size=1024, num_classes=101, **ACDIT_SIZES[size]
+        )
+    assert sum(parameter.numel() for parameter in image.parameters()) == picture
+    assert sum(parameter.numel() for parameter in video.parameters()) == clip
+
+
+def test_weights_start_as_in_the_reference():
+    """Xavier-uniform layers without bias, N(0, 0.02) for labels and time, zero for modulations and the last layer."""
+    torch.manual_seed(0)
+    model = ACDiTTransformer3DModel(
+        4, 8, 8, block_size=16, num_layers=2, num_attention_heads=2, attention_head_dim=32, num_classes=40
+    )
+    blocks, seen = model.transformer_blocks, 0
+    zero = {*(block.modulation for block in blocks), model.modulation_out, model.proj_out}
+    small = {model.time_embed.linear_1, model.time_embed.linear_2}
+    for module in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+        assert module.bias is None or not module.bias.any()
+        weight, seen = module.weight.detach(), seen + 1
+        if module in zero:
+            assert not weight.any()
+        elif module in small:
+            assert float(weight.std()) == pytest.approx(0.02, rel=0.05)
+            assert float(weight.abs().max()) > 0.05  # of a normal, beyond what a uniform draw of this size reaches
+        else:
+            bound = (6 / sum(weight.shape)) ** 0.5
+            assert 0.97 * bound < float(weight.abs().max()) <= bound
+            assert float(weight.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert seen == 1 + 2 + 2 * 5 + 2
+    assert float(model.label_embed.embedding_table.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert all((m.weight == 1).all() for m in model.modules() if isinstance(m, torch.nn.RMSNorm))
+
+
 def test_save_and_load(tmp_path: Path):
     model = tiny(rope_split=(1, 1))
     model.save_pretrained(tmp_path)
@@ -285,29 +379,52 @@ def test_calls_that_do_not_fit_are_refused():
         model.to_blocks(torch.zeros(1, 3, 1, 8, 8))
 
 
-def test_a_released_file_converts_with_the_sizes_it_carries(tmp_path: Path):
-    tensors, config = read_fixture(GOLDEN / "acdit_image.safetensors")
-    saved = argparse.Namespace(
-        model="ACDiT-XL",
-        patch_size=1,
-        image_size=32,
-        vae_patch_pixels=8,
-        block_size=4,
-        ar_len=4,
-        num_frames=1,
-        nd_split=None,
-    )
-    path = tmp_path / "ACDiT-tiny-img.pt"
+@pytest.mark.parametrize(
+    ("name", "sizes", "flag", "refusal"),
+    [
+        (
+            "image",
+            {"image_size": 32, "block_size": 4, "ar_len": 4, "num_frames": 1, "nd_split": None},
+            "16",
+            "4 blocks",
+        ),
+        (
+            "video",
+            {"image_size": 16, "block_size": 8, "ar_len": 3, "num_frames": 6, "nd_split": "2_3_3"},
+            "24",
+            "3 blocks",
+        ),
+    ],
+)
+def test_a_released_file_converts_with_the_sizes_it_carries(
+    tmp_path: Path, name: str, sizes: dict, flag: str, refusal: str
+):
+    tensors, _ = read_fixture(GOLDEN / f"acdit_{name}.safetensors")
+    saved = argparse.Namespace(model="ACDiT-XL", patch_size=1, vae_patch_pixels=8, **sizes)
+    path = tmp_path / "ACDiT-tiny.pt"
     torch.save({"model": section(tensors, "state_dict"), "args": saved}, path)
     parser = argparse.ArgumentParser()
     converter.add_arguments(parser)
     pipe = converter.convert(path, parser.parse_args([]))
-    assert pipe.transformer.config.rope_style == "reference"
+    config = pipe.transformer.config
+    assert config.rope_style == "reference"
+    assert (config.num_frames, config.block_size) == (sizes["num_frames"], sizes["block_size"])
+    assert config.rope_split == (None if name == "image" else (2, 3, 3))
     inputs = section(tensors, "input")
-    out = pipe.transformer(inputs["noised_x"], inputs["t"], inputs["y"].long(), inputs["clean_x"]).sample
-    torch.testing.assert_close(out.flatten(1, 2), tensors["output.train"], atol=1e-4, rtol=0)
-    with pytest.raises(ConversionError, match="trained with 4 blocks, these sizes give 1"):
-        converter.convert(path, parser.parse_args(["--block-size", "16"]))
+    given = inputs["noised_x"], inputs["t"], inputs["y"].long(), inputs["clean_x"]
+    torch.testing.assert_close(
+        pipe.transformer(*given).sample.flatten(1, 2), tensors["output.train"], atol=1e-4, rtol=0
+    )
+    with pytest.raises(ConversionError, match=f"trained with {refusal}, these sizes give 1"):
+        converter.convert(path, parser.parse_args(["--block-size", flag]))
+    path = tmp_path / "no-arguments.pt"  # the first file is mapped, not copied
     torch.save({"model": section(tensors, "state_dict")}, path)
     with pytest.raises(ConversionError, match="give --patch-size"):
         converter.convert(path, parser.parse_args([]))
+    told = ["--patch-size", "1", "--image-size", str(sizes["image_size"]), "--block-size", str(sizes["block_size"])]
+    told += ["--num-frames", str(sizes["num_frames"])] if name == "video" else []
+    again = converter.convert(path, parser.parse_args(told))
+    assert torch.equal(again.transformer(*given).sample, pipe.transformer(*given).sample)
+    if name == "video":  # the default proportions are those of the file; others are another network
+        other = converter.convert(path, parser.parse_args([*told, "--rope-split", "6_1_1"]))
+        assert not torch.allclose(other.transformer(*given).sample, pipe.transformer(*given).sample, atol=1e-3)

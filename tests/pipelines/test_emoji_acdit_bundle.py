@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import dit_suite
+from dit_suite.checkpoints import find_checkpoint
 from dit_suite.schedulers.generators import sample_generators
 
 
@@ -13,6 +14,11 @@ def pipe():
     pipe = dit_suite.load_pipeline("emoji-acdit-64")
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def test_it_is_at_most_eight_megabytes():
+    folder = find_checkpoint("emoji-acdit-64").folder
+    assert 3e6 < sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 8e6
 
 
 def saturation(pictures: np.ndarray) -> np.ndarray:

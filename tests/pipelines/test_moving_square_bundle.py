@@ -23,6 +23,11 @@ def pipe():
     return pipe
 
 
+def test_it_is_at_most_sixteen_megabytes_with_its_teacher():
+    folder = find_checkpoint(BUNDLE).folder
+    assert 1e6 < sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 16e6
+
+
 def centre(frame: torch.Tensor) -> np.ndarray:
     """Brightness-weighted centre of what stands out of the ground, (row, column) in pixels."""
     ground = to_samples(np.full((1, 1, 3), (24, 26, 40), dtype=np.uint8))

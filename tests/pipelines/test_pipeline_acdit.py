@@ -13,6 +13,7 @@ from dit_suite.models.acdit import ACDiTTransformer3DModel
 from dit_suite.pipelines.pipeline_acdit import ACDiTPipeline
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.schedulers.step_plan import current_step
+from tests.tiny import tiny_vae
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -116,6 +117,35 @@ def test_outputs_and_clips(pipe):
     clip = make_pipe(num_frames=2, attention_head_dim=16, block_size=16)
     frames = clip([1], num_inference_steps=2, output_type="np").frames
     assert frames.shape == (1, 2, 8, 8, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 2])
+def test_a_vae_decodes_every_frame_by_itself(frames: int):
+    """Latents divided by the scaling factor, each frame a picture of its own, twice the size of the latent."""
+    pipe = make_pipe(in_channels=4, num_frames=frames, block_size=16)
+    pipe.register_modules(vae=tiny_vae())
+    sampled = run(pipe, guidance_scale=1.0)
+    latents = sampled / 100  # an untrained network's are far outside what a VAE decodes
+    images = pipe.decode(latents, output_type="np")
+    for frame in range(frames):
+        expected = pipe.vae.decode(latents[:, :, frame] / pipe.vae.config.scaling_factor).sample
+        expected = (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        found = torch.from_numpy(images if frames == 1 else images[:, frame])
+        assert found.shape == (2, 16, 16, 3)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert images.std() > 0.01
+    whole = run(pipe, output_type="np", guidance_scale=1.0)
+    assert whole.shape == images.shape
+    assert (whole == pipe.decode(sampled, output_type="np")).all()
+
+
+def test_guidance_without_a_null_class_is_refused():
+    pipe = make_pipe(class_dropout_prob=0.0)
+    assert pipe.null_class is None
+    with pytest.raises(ValueError, match="no null class, so it can't be guided: set guidance_scale to 1"):
+        run(pipe, guidance_scale=1.5)
+    assert run(pipe, guidance_scale=1.0).isfinite().all()
 
 
 @pytest.mark.parametrize(

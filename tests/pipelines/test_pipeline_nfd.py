@@ -12,6 +12,7 @@ from dit_suite.models.nfd import NFDTransformer3DModel
 from dit_suite.pipelines.pipeline_nfd import START_FRAMES, NFDPipeline, write_start_frames
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.schedulers.trigflow import TrigFlowScheduler
+from tests.tiny import tiny_vae
 
 NAMES = ("stay", "left", "right")
 ACTIONS = [[0, 1, 1, 1, 2], [2, 2, 2, 0, 0]]
@@ -106,6 +107,46 @@ def test_callbacks_and_interruption(pipe):
         return {"latents": torch.zeros_like(tensors["latents"])} if index == 2 else {}
 
     assert not torch.allclose(run(pipe, callback_on_step_end=grey)[:, :, 3], run(pipe)[:, :, 3], atol=1e-3)
+
+
+@pytest.fixture
+def latent_pipe(tmp_path: Path) -> NFDPipeline:
+    """Frames of 16x16 pixels as latents of 4x8x8, with start frames in its folder."""
+    torch.manual_seed(0)
+    model = NFDTransformer3DModel(
+        4, 8, 8, 4, num_layers=1, num_attention_heads=1, attention_head_dim=16, num_actions=3, window=4
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if "modulation" in name or "proj_out" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    NFDPipeline(model, TrigFlowScheduler(), tiny_vae(), action_names=NAMES).save_pretrained(tmp_path)
+    write_start_frames((np.arange(2 * 16 * 16 * 3) % 251).astype(np.uint8).reshape(2, 16, 16, 3), tmp_path)
+    pipe = NFDPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def test_a_vae_codes_the_start_and_decodes_every_frame_by_itself(latent_pipe):
+    """The latents' scale goes in and out again, and what is played from a start frame starts at its code."""
+    pipe, vae = latent_pipe, latent_pipe.vae
+    scale = vae.config.scaling_factor
+    start = pipe.start_frames()
+    assert pipe.frame_size == (16, 16)
+    assert start.shape == (2, 3, 16, 16)
+    latents = run(pipe, start_frame=1)
+    assert latents.shape == (2, 4, 6, 8, 8)
+    coded = vae.encode(start[1:2]).latent_dist.mode() * scale
+    for clip in latents:
+        torch.testing.assert_close(clip[:, 0], coded[0], atol=1e-5, rtol=0)
+    frames = run(pipe, start_frame=1, output_type="np")
+    assert frames.shape == (2, 6, 16, 16, 3)
+    for index in (0, 3, 5):
+        expected = (vae.decode(latents[:, :, index] / scale).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        torch.testing.assert_close(torch.from_numpy(frames[:, index]), expected, atol=1e-5, rtol=0)
+    assert frames.std() > 0.01
+    other = run(pipe, start_frame=0)
+    assert not torch.allclose(other[:, :, 1:], latents[:, :, 1:], atol=1e-3)
 
 
 def test_output_types(pipe):

@@ -12,9 +12,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from PIL import Image
 
+from dit_suite.converters.acdit import make_scheduler
 from dit_suite.metadata import read_record
+from dit_suite.models.acdit import ACDiTTransformer3DModel
+from dit_suite.pipelines.pipeline_acdit import ACDiTPipeline
 from dit_suite.video import read_video
 from scripts.sample import main
 from tests.tiny import save_tiny, tiny_text_to_video
@@ -217,6 +221,51 @@ def test_clips_as_gif_with_frames(tmp_path):
     frames = sorted((output / "000000").glob("*.png"))
     with Image.open(output / "000000.gif") as clip:
         assert clip.n_frames == len(frames) == 4
+
+
+def save_acdit(folder, num_frames):
+    torch.manual_seed(0)
+    network = ACDiTTransformer3DModel(
+        3, 8, 8, num_frames, 4, block_size=4, num_layers=1, num_attention_heads=1, attention_head_dim=16, num_classes=2
+    )
+    ACDiTPipeline(network.eval(), make_scheduler()).save_pretrained(folder)
+    return ["--model", str(folder), "--class-labels", "1", "--num-inference-steps", "2", "--device", "cpu"]
+
+
+def test_acdit_writes_clips_where_its_network_has_frames(tmp_path, capsys):
+    """The technique makes pictures and clips; the checkpoint decides. A clip's file can be made again."""
+    command = save_acdit(tmp_path / "clips", 2)
+    assert main([*command, "--output", str(tmp_path / "a"), "--clip-format", "gif", "--frames"]) == 0
+    frames = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "a" / "000000").glob("*.png"))]
+    assert len(frames) == 2 and not np.array_equal(*frames)
+    assert read_video(tmp_path / "a" / "000000.gif").shape == (2, 8, 8, 3)
+    again = ["--from-image", str(tmp_path / "a" / "000000.gif"), "--device", "cpu", "--clip-format", "gif", "--frames"]
+    assert main([*again, "--output", str(tmp_path / "b")]) == 0
+    for number, path in enumerate(sorted((tmp_path / "b" / "000000").glob("*.png"))):
+        assert np.array_equal(np.asarray(Image.open(path)), frames[number])
+    assert main([*command, "--output", str(tmp_path / "c"), "--clip-format", "gif", "--sheet"]) == 2
+    assert "a sheet is written for pictures" in capsys.readouterr().err
+    assert main([*save_acdit(tmp_path / "pictures", 1), "--output", str(tmp_path / "d")]) == 0
+    assert np.asarray(Image.open(tmp_path / "d" / "000000.png")).shape == (8, 8, 3)
+
+
+def test_an_actions_file_decides_the_clips_and_is_part_of_their_metadata(tmp_path):
+    """Clip i plays list i; a list that differs from frame 2 on changes the frames from there on only."""
+    path, lists = tmp_path / "actions.json", [[4, 4, 1], [4, 3, 1]]
+    path.write_text(json.dumps(lists))
+    command = ["--pipeline", "nfd", "--actions-file", str(path), "--start-frame", "0", "--device", "cpu"]
+    command += ["--clip-format", "gif"]
+    for name, seed in (("a", 5), ("b", 4)):  # sample i draws from seed + i: clip 0 of a and clip 1 of b share it
+        assert main([*command, "--seed", str(seed), "--frames", "--output", str(tmp_path / name)]) == 0
+    one, other = (
+        np.stack([np.asarray(Image.open(p)).astype(int) for p in sorted((tmp_path / clip).glob("*.png"))])
+        for clip in ("a/000000", "b/000001")
+    )
+    assert one.shape == other.shape == (4, 16, 16, 3)
+    assert np.abs(one[:2] - other[:2]).max() <= 1
+    assert np.abs(one[2] - other[2]).max() > 50
+    for clip, actions in (("a/000000", lists[0]), ("b/000001", lists[1])):
+        assert read_record(tmp_path / f"{clip}.gif")["condition"] == actions
 
 
 def test_frames_are_for_clips(model, tmp_path, capsys):

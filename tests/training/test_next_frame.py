@@ -30,6 +30,18 @@ def test_every_frame_has_its_own_level_and_the_exact_velocity_has_no_loss():
     assert float(NextFrameFlow().loss(lambda s, timestep: s * 0, data).loss.min()) > 0.5
 
 
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.6, 1.2)])
+def test_levels_follow_the_logit_normal_law_each_frame_for_itself(mean: float, std: float):
+    """Quantiles of sigmoid(N(mean, std)); over 20,000 draws a frame their standard error is about 0.004."""
+    level, is_context = NextFrameFlow(mean=mean, std=std).sample_levels(4, Draws(0, 0, torch.arange(20_000)))
+    assert not is_context.any()
+    shares = torch.tensor([0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98])
+    expected = torch.sigmoid(mean + std * torch.special.ndtri(shares))
+    for frame in (*level.unbind(1), level.flatten()):
+        torch.testing.assert_close(frame.quantile(shares), expected, atol=0.02, rtol=0)
+    assert float(level.T.corrcoef().fill_diagonal_(0).abs().max()) < 0.04
+
+
 def test_context_frames_are_nearly_clean_and_do_not_count():
     data = batch((64, 1, 8, 2, 2))
     objective = NextFrameFlow(context_share=0.5, context_level=0.05)

@@ -93,3 +93,29 @@ def test_typing_in_a_field_steers_nothing_and_stop_ends_the_game(server, page):
     made = len(player.session.actions)
     page.wait_for_timeout(400)
     assert len(player.session.actions) == made
+
+
+def start_from(page, rooms, tile: int):
+    """Clicks a start picture and Play; the player of the new game once it has a frame."""
+    page.locator("#play-starts button.thumbnail-item").nth(tile).click()
+    page.wait_for_timeout(1000)
+    before = rooms.players
+    page.locator("#play-start").click()
+    until(page, lambda: rooms.players != before and rooms.players[0].session.actions)
+    return rooms.players[0]
+
+
+def test_a_picture_picks_the_start_frame_and_the_last_one_dreams(server, page):
+    """The game starts from the picture that was clicked; its number is that of --start-frame."""
+    tiles = page.locator("#play-starts button.thumbnail-item")
+    assert tiles.count() == 9
+    for tile, number in ((5, 5), (8, None), (2, 2)):
+        player = start_from(page, server[1], tile)
+        assert player.session.options.start_frame == number
+        if number is not None:
+            source = tiles.nth(tile).locator("img").evaluate("image => image.src")
+            picture = Image.open(io.BytesIO(page.request.get(source).body())).convert("RGB")
+            assert np.array_equal(np.asarray(picture)[8::16, 8::16], player.session.frames[0])
+        page.get_by_role("button", name="Stop").click()
+        until(page, player.stopped.is_set)
+        page.wait_for_timeout(500)

@@ -13,7 +13,7 @@ from dit_suite.pipelines.pipeline_nfd import START_FRAMES, NFDPipeline
 from dit_suite.sampling import job_of_record, sample_batch
 from dit_suite.schedulers.trigflow import TrigFlowScheduler
 from dit_suite.ui.play import Player, PlayOptions, PlaySession, enlargement, keys_of_actions
-from dit_suite.ui.play_tab import PlayContext, PlayRooms, build_play_tab, enlarge
+from dit_suite.ui.play_tab import PlayContext, PlayRooms, build_play_tab, enlarge, start_choice, start_pictures
 from dit_suite.video import read_video, read_video_record
 
 NAMES = ("stay", "left", "forward+left")
@@ -98,6 +98,51 @@ def test_figures(pipe):
     assert "hits 75%" in stats.line()
 
 
+def test_frames_per_second_of_the_model_and_of_the_game_are_told_apart(pipe):
+    """A clock by hand: a frame takes two ticks of the model, and the page asks for the next one much later."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.02
+        return now[0]
+
+    session = PlaySession(pipe, clock=clock)
+    assert session.stats().game_fps == 0
+    session.step(0)
+    assert session.stats().game_fps == 0
+    for _ in range(60):
+        now[0] += 0.21
+        session.step(1)
+    stats = session.stats()
+    assert stats.model_fps == pytest.approx(50)
+    assert stats.game_fps == pytest.approx(4)
+    assert "game 4.0 frames/s | model 50.0 frames/s" in stats.line()
+
+
+def test_a_game_saved_while_it_runs_has_an_action_for_every_frame(pipe, tmp_path):
+    """The save comes at the worst moment: another thread asks for it while a frame is being added."""
+    session = PlaySession(pipe, PlayOptions(frames_per_second=10))
+    saves = []
+
+    class Watched(list):
+        def append(self, picture) -> None:
+            saves.append(threading.Thread(target=session.save, args=(tmp_path / f"{len(saves)}.mp4", "toy", "a" * 64)))
+            saves[-1].start()
+            saves[-1].join(0.3)  # long enough to look, not to finish where it has to wait
+            super().append(picture)
+
+    session.frames = Watched(session.frames)
+    for action in (0, 1, 2):
+        session.step(action)
+    for number, thread in enumerate(saves):
+        thread.join()
+        path = tmp_path / f"{number}.mp4"
+        played = read_video_record(path)["condition"]
+        assert played == [0, 1, 2][: len(played)]
+        assert len(played) > number
+        assert len(read_video(path)) == len(played) + 1
+
+
 def test_running_ahead_shows_what_plain_sampling_shows(pipe):
     plain = play(pipe, ACTIONS, speculation="off")
     ahead = PlaySession(pipe, PlayOptions(speculation="run_ahead"))
@@ -152,6 +197,18 @@ def test_keys():
     assert enlarge(np.zeros((16, 16, 3), np.uint8)).size == (256, 256)
 
 
+def test_start_frames_are_chosen_by_their_pictures(pipe):
+    tiles = start_pictures(pipe)
+    assert [label for _, label in tiles] == ["0", "1", "dream one"]
+    for number in range(2):
+        picture = np.asarray(tiles[number][0])[16::32, 16::32]
+        assert np.array_equal(picture, PlaySession(pipe, PlayOptions(start_frame=number)).frames[0])
+    assert [start_choice(pipe, index) for index in range(3)] == [0, 1, None]
+    bare = NFDPipeline(pipe.transformer, pipe.scheduler, action_names=NAMES)
+    assert [label for _, label in start_pictures(bare)] == ["dream one"]
+    assert start_choice(bare, 0) is None
+
+
 def test_rooms_limit_games_and_know_their_models(folder, tmp_path):
     rooms = PlayRooms(PlayContext((str(folder),), tmp_path, max_visitors=2))
     with pytest.raises(ValueError, match="model must be one of"):
@@ -187,7 +244,7 @@ def test_the_tab_streams_frames_and_follows_the_held_action(folder, tmp_path):
     try:
         clients = [Client(url, verbose=False) for _ in range(2)]
         jobs = [
-            client.submit(str(folder), "0", seed, 1, 20, "off", 1, False, api_name="/play")
+            client.submit(str(folder), seed, 1, 20, "off", 1, False, api_name="/play")
             for seed, client in enumerate(clients)
         ]
         reached = threading.Event()

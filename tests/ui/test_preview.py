@@ -1,0 +1,107 @@
+"""Previews of unfinished samples: what is finished is shown as it will be, what has not begun is grey."""
+
+import numpy as np
+import pytest
+import torch
+
+from dit_suite.checkpoints import find_checkpoint
+from dit_suite.converters.acdit import make_scheduler
+from dit_suite.models.acdit import ACDiTTransformer3DModel
+from dit_suite.models.nfd import NFDTransformer3DModel
+from dit_suite.pipelines.pipeline_acdit import ACDiTPipeline
+from dit_suite.pipelines.pipeline_nfd import NFDPipeline
+from dit_suite.schedulers.trigflow import TrigFlowScheduler
+from dit_suite.ui import engine
+from dit_suite.ui.engine import Engine, Finished, Progress, StopFlag, make_job
+from dit_suite.ui.settings import PUBLIC_LIMITS
+from tests.tiny import save_tiny
+
+GREY = 128
+STEPS = 3
+
+
+def save_acdit(folder, **changes):
+    torch.manual_seed(0)
+    config = {"in_channels": 3, "sample_height": 16, "sample_width": 16, "patch_size": 4, "block_size": 4}
+    config |= {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 16, "num_classes": 3}
+    pipe = ACDiTPipeline(ACDiTTransformer3DModel(**{**config, **changes}).eval(), make_scheduler())
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def save_nfd(folder):
+    torch.manual_seed(0)
+    model = NFDTransformer3DModel(
+        3, 16, 16, 4, num_layers=1, num_attention_heads=1, attention_head_dim=16, num_actions=2, window=3
+    )
+    NFDPipeline(model.eval(), TrigFlowScheduler()).save_pretrained(folder)
+    return folder
+
+
+class KeepingEngine(Engine):
+    """Keeps the sample as it was before it became a file: an MP4 of noise is no exact copy."""
+
+    def _save(self, job, index, sample):
+        self.sample = sample.astype(int)
+        return super()._save(job, index, sample)
+
+
+def watch(folder, condition, output, monkeypatch, **options) -> tuple[list[np.ndarray], np.ndarray]:
+    """Previews of every step and the sample that came of it (a clip with its frames)."""
+    monkeypatch.setattr(engine, "PREVIEW_SECONDS", -1.0)
+    chosen = find_checkpoint(folder).technique.options_class()(**options)
+    runner = KeepingEngine(output, PUBLIC_LIMITS)
+    events = list(runner.run(make_job(str(folder), condition, chosen, 0), 1, StopFlag()))
+    assert any(isinstance(event, Finished) for event in events)
+    return [np.asarray(event.preview).astype(int) for event in events if isinstance(event, Progress)], runner.sample
+
+
+def test_acdit_appears_block_by_block(tmp_path, monkeypatch):
+    """Finished blocks as in the sample, the block under way beside them, the others grey."""
+    previews, sample = watch(save_acdit(tmp_path / "m"), 1, tmp_path, monkeypatch, num_inference_steps=STEPS)
+    assert len(previews) == 4 * STEPS
+    squares = [(slice(8 * (i // 2), 8 * (i // 2) + 8), slice(8 * (i % 2), 8 * (i % 2) + 8)) for i in range(4)]
+    for number, preview in enumerate(previews):
+        index, step = divmod(number, STEPS)
+        for place, square in enumerate(squares):
+            if place < index or (place == index and step == STEPS - 1):
+                assert np.abs(preview[square] - sample[square]).max() <= 1
+            elif place == index:
+                assert preview[square].std() > 10
+            else:
+                assert (preview[square] == GREY).all()
+
+
+def test_a_clip_of_acdit_shows_the_frame_under_way(tmp_path, monkeypatch):
+    """Two frames in blocks of half a frame: the newest frame, its second half grey until it is begun."""
+    folder = save_acdit(tmp_path / "m", num_frames=2, block_size=8)
+    previews, clip = watch(folder, 1, tmp_path, monkeypatch, num_inference_steps=STEPS)
+    assert len(previews) == 4 * STEPS
+    for number, preview in enumerate(previews):
+        index = number // STEPS
+        assert ((preview[8:] == GREY).all()) == (index % 2 == 0)
+        assert preview[:8].std() > 10
+    for frame in range(2):
+        assert np.abs(previews[(2 * frame + 2) * STEPS - 1] - clip[frame]).max() <= 1
+    assert not np.array_equal(previews[2 * STEPS - 1], previews[-1])
+
+
+def test_a_picture_of_another_model_ends_at_the_sample(tmp_path, monkeypatch):
+    previews, sample = watch(save_tiny(tmp_path / "m"), "red apple", tmp_path, monkeypatch, num_inference_steps=STEPS)
+    assert len(previews) == STEPS
+    assert np.array_equal(previews[-1], sample)
+    assert not np.array_equal(previews[0], previews[-1])
+
+
+def test_a_game_shows_its_newest_frame(tmp_path, monkeypatch):
+    previews, clip = watch(save_nfd(tmp_path / "m"), [0, 1, 1], tmp_path, monkeypatch)
+    assert len(previews) == len(clip) == 4
+    assert len({preview.tobytes() for preview in previews}) == 4
+    for preview, frame in zip(previews, clip, strict=True):
+        assert np.abs(preview - frame).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 16, 3), (1, 4, 2, 8, 8)])
+def test_what_is_no_picture_has_no_preview(shape):
+    assert engine._preview(object(), torch.zeros(shape)) is None
+    assert engine._preview(object(), None) is None
