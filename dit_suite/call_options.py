@@ -110,7 +110,9 @@ class NFDOptions(Options):
     )
     start_frame: int | None = option(None, "start frame of the checkpoint (default: the model dreams one)", minimum=0)
     speculation: str = option(
-        "off", "draft frames ahead: together (joint) or one by one", choices=("off", "joint", "run_ahead")
+        "off",
+        "draft frames ahead: together (joint), each a pass later (staggered), or one by one",
+        choices=("off", "joint", "staggered", "run_ahead"),
     )
     draft_length: int = option(3, "frames per draft", minimum=1, maximum=16)
     adaptive_draft: bool = option(False, "draft length follows how long actions are held", advanced=True)

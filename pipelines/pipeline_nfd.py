@@ -224,7 +224,8 @@ class NFDPipeline(SamplingMixin, DiffusionPipeline):
                 `(batch, 3, frames, height, width)` in [-1, 1]).
             start_frame: number of a start frame that comes with the checkpoint, instead of `image`.
             num_inference_steps: denoising passes per frame; default: what the weights were trained for.
-            speculation: "off", "joint" (drafts whose later frames differ slightly from plain sampling) or "run_ahead".
+            speculation: "off", "joint" (drafts whose later frames differ from plain sampling, much with few passes),
+                "staggered" (less so, more passes) or "run_ahead".
             draft_length: frames per draft.
             adaptive_draft: choose the draft length from how long actions are held.
             context_noise: noise level of finished frames; default: what the weights were trained with.

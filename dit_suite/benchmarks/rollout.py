@@ -5,7 +5,8 @@ whose held-out episodes are used. A small inverse-dynamics network, trained here
 held-out frames, judges whether the generated frames follow the actions; a worse one judges nothing. On recorded
 first-person play it is asked for the turn only (see `dit_suite.evaluation.rollout`).
 
-`--draft-length 1 2 3` says what joint drafts cost in quality: later frames of a draft are not those of plain sampling.
+`--draft-length 1 2 3 --drafts joint staggered` says what drafts cost in quality: their later frames are not those of
+plain sampling.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from dit_suite.evaluation.rollout import (
     turn_classes,
     visible,
 )
+from dit_suite.schedulers.speculative import TOGETHER
 
 NAME = "rollout"
 STILL = 0
@@ -43,9 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", type=int, default=32, help="clips compared")
     parser.add_argument("--rollout-steps", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--num-inference-steps", type=int, nargs="*", default=[], help="default: as trained")
-    parser.add_argument(
-        "--draft-length", type=int, nargs="+", default=[1], help="frames per joint draft; 1: plain sampling"
-    )
+    parser.add_argument("--draft-length", type=int, nargs="+", default=[1], help="frames per draft; 1: plain sampling")
+    parser.add_argument("--drafts", nargs="+", default=["joint"], choices=TOGETHER, help="how drafts are made")
     parser.add_argument("--judge-steps", type=int, default=600, help="training steps of the inverse dynamics")
     parser.add_argument("--judge-pairs", type=int, default=3000, help="real frame pairs that train it")
     parser.add_argument("--judge-labels", choices=("auto", "all", "turn"), default="auto", help="what it must tell")
@@ -125,7 +126,7 @@ def train_judge(judge: Judge, steps: int) -> InverseDynamics:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """One row per number of passes, draft length and rollout step."""
+    """One row per number of passes, way of drafting, draft length and rollout step."""
     import dit_suite
 
     if args.data != "game" and not Path(args.data).is_dir():
@@ -144,11 +145,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     real = video[:, :, 1:]
     floor = closeness(video[:, :, :1].expand_as(real), real, steps)
     rows = []
-    for passes, length in itertools.product(args.num_inference_steps or [pipe.config.default_steps], args.draft_length):
+    ways = [("off", 1)] * (1 in args.draft_length)
+    ways += [(mode, length) for mode in args.drafts for length in args.draft_length if length > 1]
+    for passes, (mode, length) in itertools.product(args.num_inference_steps or [pipe.config.default_steps], ways):
         options = RolloutOptions(
             steps=steps,
             num_inference_steps=passes,
-            speculation="joint" if length > 1 else "off",
+            speculation=mode,
             draft_length=length,
             batch_size=32,
         )
@@ -157,7 +160,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         walked = torch.cat([video[:, :, :1], predicted], dim=2)[:, :, near]
         generated = classified((walked, actions[:, near]), judge.classes, judge.still, video[:, :, near])
         for row, flat in zip(closeness(predicted, real, steps), floor, strict=True):
-            rows.append({"passes": passes, "draft_length": length, **row, "psnr_of_still": flat["psnr"]})
+            rows.append(
+                {"passes": passes, "drafts": mode, "draft_length": length, **row, "psnr_of_still": flat["psnr"]}
+            )
         try:
             rows[-len(steps)] |= action_following(network, judge.held_out, generated)
         except JudgeError:

@@ -4,8 +4,10 @@ The rule of the paper: there is no quality test, a drafted frame is accepted exa
 action that came. Acceptance is decided before a frame is shown, so input is never delayed and a wrong frame never seen.
 
 `joint` denoises the drafted frames together: fewer, wider passes. The first frame of a draft equals plain sampling, the
-later ones were denoised beside a neighbour that was still noisy and do not. `run_ahead` samples one frame after another
-in idle time; it saves no work, hides latency, and its output is the plain one whatever the player does.
+later ones were denoised beside a neighbour that was still noisy and do not; with few passes they can be much worse.
+`staggered` (ours) starts every drafted frame one pass after the one before it: N - 1 passes more for N frames, and
+cleaner neighbours. `run_ahead` samples one frame after another in idle time; it saves no work, hides latency, and its
+output is the plain one whatever the player does.
 """
 
 from collections import deque
@@ -18,14 +20,15 @@ from dit_suite.options import Options, option
 from dit_suite.schedulers.frame_sampler import FrameSampler
 
 Action = tuple[float, ...]
-MODES = ("off", "joint", "run_ahead")
+MODES = ("off", "joint", "staggered", "run_ahead")
+TOGETHER = ("joint", "staggered")  # several frames per draft
 
 
 @dataclass(frozen=True)
 class SpeculativeOptions(Options):
     """When and how far to draft."""
 
-    speculation: str = option("joint", "off, joint drafts, or running ahead in idle time", choices=MODES)
+    speculation: str = option("joint", "off, joint or staggered drafts, or running ahead in idle time", choices=MODES)
     draft_length: int = option(3, "frames in a draft (the most, where it adapts)", minimum=1, maximum=16)
     adaptive_draft: bool = option(False, "choose the draft length from how long actions have been held")
     draft_cost: float = option(
@@ -104,6 +107,10 @@ class FrameEngine(Protocol):
         """Frames `(1, channels, count, height, width)` for actions `(1, count, num_actions)`."""
         ...
 
+    def draft_staggered(self, actions: torch.Tensor) -> torch.Tensor:
+        """The same with each frame a pass behind the one before it."""
+        ...
+
     def append(self, frame: torch.Tensor, action: torch.Tensor) -> None:
         """Adds a frame to the clip."""
         ...
@@ -150,7 +157,7 @@ class SpeculativeSampler:
         if self._queue and self._queue[0][1] == action:
             frame = self._queue.popleft()[0]
             self.stats.hits += 1
-            if self.options.speculation == "joint":
+            if self.options.speculation in TOGETHER:
                 self.engine.append(frame, torch.tensor([action]))
         else:
             frame = self._miss(action)
@@ -172,14 +179,15 @@ class SpeculativeSampler:
     def _draft(self, action: Action, count: int) -> torch.Tensor:
         self.stats.drafts += 1
         self.stats.drafted += count
-        return self.engine.draft(torch.tensor([[action] * count]))
+        draft = self.engine.draft_staggered if self.options.speculation == "staggered" else self.engine.draft
+        return draft(torch.tensor([[action] * count]))
 
     def _miss(self, action: Action) -> torch.Tensor:
         self.stats.discarded += len(self._queue)
         self._queue.clear()
         if self.engine.num_frames > self._committed:
             self.engine.rollback(self._committed)
-        count = self.draft_length() if self.options.speculation == "joint" else 1
+        count = self.draft_length() if self.options.speculation in TOGETHER else 1
         frames = self._draft(action, count).unbind(dim=2)
         self._queue.extend((frame, action) for frame in frames[1:])
         self.engine.append(frames[0], torch.tensor([action]))

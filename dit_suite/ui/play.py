@@ -30,7 +30,7 @@ class PlayOptions(Options):
     """What a visitor may choose before a game starts."""
 
     num_inference_steps: int | None = option(None, "passes per frame (default: as trained)", minimum=1, maximum=50)
-    speculation: str = option("joint", "draft frames for the present action", choices=MODES)
+    speculation: str = option("run_ahead", "draft frames for the present action", choices=MODES)
     draft_length: int = option(3, "frames per draft", minimum=1, maximum=8)
     adaptive_draft: bool = option(True, "draft length follows how long actions are held")
     fixed_passes: str = option("off", "passes of one shape, see FixedPass", choices=("off", *FIXED_PASSES))

@@ -118,6 +118,43 @@ def test_running_ahead_is_plain_sampling_for_every_stream(network, seed: int, fu
             assert (machine.stats.discarded > 0) == (idle > 0)
 
 
+@pytest.mark.parametrize("fuse_write", [True, False])
+def test_staggered_drafts_of_one_pass_are_plain_sampling(network, fuse_write: bool):
+    """Every frame is then denoised beside finished ones only; of more passes, the first frame of a draft still is."""
+    sampling = {"num_inference_steps": 1, "fuse_write": fuse_write}
+    expected, _ = plain(network, STREAM, **sampling)
+    frames, machine = speculate(network, STREAM, sampling=sampling, speculation="staggered", draft_length=3)
+    assert torch.allclose(frames, expected, atol=1e-5) and machine.stats.hits > 0
+
+    expected, _ = plain(network, STREAM)
+    frames, machine = speculate(network, STREAM, speculation="staggered", draft_length=1)
+    assert torch.allclose(frames, expected, atol=1e-5) and machine.stats.hits == 0
+    joint, _ = speculate(network, STREAM, speculation="joint", draft_length=3)
+    frames, machine = speculate(network, STREAM, speculation="staggered", draft_length=3)
+    assert machine.stats.hits == 7 and torch.allclose(frames[:, :, 0], expected[:, :, 0], atol=1e-5)
+    errors = [(each[:, :, 1:3] - expected[:, :, 1:3]).square().mean() for each in (frames, joint)]
+    assert 0 < errors[0] < errors[1]
+
+
+def test_staggered_drafts_take_their_passes(network):
+    """S + N - 1 passes; in pass p the frames up to p take part, at the levels of their own steps, then as context."""
+    frames, levels = 6, []
+    hook = network.register_forward_pre_hook(lambda module, args: levels.append(args[1][0].tolist()))
+    try:
+        with network_calls(network) as calls:
+            _, machine = speculate(
+                network, [1] * frames, sampling={"num_inference_steps": 2}, speculation="staggered", draft_length=3
+            )
+    finally:
+        hook.remove()
+    assert machine.stats.drafts == 2 and machine.stats.hits == 4
+    assert calls == [(2, 1), (2, 0), (3, 0), (3, 0), (4, 3), (2, 0), (3, 0), (3, 0)]
+    noise = machine.engine.options.context_noise
+    high, low = (machine.engine.scheduler.noise_level(t) for t in machine.engine.timesteps)
+    expected = [[noise, high], [low, high], [noise, low, high], [noise, noise, low]]
+    assert all(one == pytest.approx(two) for one, two in zip(levels, expected, strict=False))
+
+
 @pytest.mark.parametrize("frames", [12, 13])
 @pytest.mark.parametrize("length", [2, 3, 4])
 def test_constant_action_hit_rate_drafts_and_passes(network, length: int, frames: int):

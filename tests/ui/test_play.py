@@ -89,7 +89,7 @@ def test_start_frames_given_or_dreamed(pipe):
 
 
 def test_figures(pipe):
-    session = play(pipe, [1] * 12, draft_length=4, adaptive_draft=False, num_inference_steps=3)
+    session = play(pipe, [1] * 12, speculation="joint", draft_length=4, adaptive_draft=False, num_inference_steps=3)
     stats = session.stats()
     assert (stats.frames, stats.draft_length, stats.num_inference_steps) == (12, 4, 3)
     assert stats.hit_rate == pytest.approx(0.75)
