@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_suite.benchmarks.next_frame import action_stream
+from dit_suite.schedulers.speculative import TOGETHER
 
 NAME = "play"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -71,6 +72,7 @@ def browser_rate(passes: int, args: argparse.Namespace) -> dict[str, Any]:
         raise FileNotFoundError("the browser rows need playwright: pip install playwright") from None
     import gradio as gr
 
+    from dit_suite.ui.play import PlayOptions
     from dit_suite.ui.play_tab import PlayContext, build_play_tab
 
     executable = find_browser()
@@ -111,7 +113,7 @@ def browser_rate(passes: int, args: argparse.Namespace) -> dict[str, Any]:
             blocks.close()
     stats = player.session.stats()
     return {
-        "where": "browser", "passes": passes, "speculation": "joint", "fps": shown / seconds,
+        "where": "browser", "passes": passes, "speculation": PlayOptions().speculation, "fps": shown / seconds,
         "frames_made_per_s": made / seconds, "hit_rate": stats.hit_rate,
     }  # fmt: skip
 
@@ -125,7 +127,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipe = dit_suite.load_pipeline(args.model, device=args.device)
     rows, passes = [], args.passes or [pipe.config.default_steps]
     for count in passes:
-        rows += [loop_rate(pipe, count, mode, args) for mode in ("off", "joint")]
+        rows += [loop_rate(pipe, count, mode, args) for mode in ("off", *TOGETHER)]
     for count in passes:
         try:
             rows.append(browser_rate(count, args))
