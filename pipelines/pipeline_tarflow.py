@@ -175,7 +175,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
 
         Raises:
             ValueError: an argument is out of range or does not fit the model.
-            FloatingPointError: a block overflowed (guidance too strong).
+            FlowOverflow: a block overflowed (guidance too strong); both a `ValueError` and a `FloatingPointError`.
         """
         callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids = [label for label in self.get_label_ids(class_labels) for _ in range(num_images_per_prompt)]
@@ -196,9 +196,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         strategies = self.block_strategies(strategy, sweeps, modules)
         limit = None if strategy == "planned" else tolerance
         latents = self.prepare_latents(self._latent_shape(total), device, generator, latents)
-        latents = self.transformer.unpatchify(
-            self.transformer.patchify(latents) * self.transformer.var.to(device, torch.float32).sqrt()
-        )
+        latents = self.transformer.unpatchify(self.transformer.scale_noise(self.transformer.patchify(latents)))
         calls = sum(len(each.calls(self.transformer.num_tokens)) for each in strategies)
         run, traces = Run(), []
         denoising = output_type != "latent" and denoise_strength > 0

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise FileExistsError(f"{arguments.output} exists already")
         pipe, plan, checkpoint = make_plan(arguments)
         save(pipe, checkpoint.folder, arguments.output)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:
         print(f"plan_tarflow: {error}", file=sys.stderr)
         return 2
     for number, strategy in enumerate(plan.strategies):

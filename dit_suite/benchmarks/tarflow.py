@@ -89,7 +89,7 @@ class Bench:
 
     def sample(self, method: Method, noise: torch.Tensor, labels: torch.Tensor | None, keep: bool = True) -> None:
         """Inverts one batch of tokens and books what it took."""
-        model, tokens = self.pipe.transformer, noise * self.pipe.transformer.var.sqrt()
+        model, tokens = self.pipe.transformer, self.pipe.transformer.scale_noise(noise)
         scheduler, count = GSJacobiScheduler(), len(self.pipe.transformer.blocks)
         calls, passes, sweeps = 0, 0.0, []
         _sync(self.device)

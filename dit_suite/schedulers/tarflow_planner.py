@@ -124,7 +124,7 @@ def calibrate(
 ) -> Calibration:
     """Solves `noise` (batch, tokens, token_dim) sequentially and keeps every state."""
     solution = solve(model, noise, class_labels, GSJacobiScheduler(), guidance)
-    first = noise.float() * model.var.float().sqrt()
+    first = model.scale_noise(noise)
     return Calibration((first, *(trace.tokens for trace in solution.blocks)), class_labels)
 
 

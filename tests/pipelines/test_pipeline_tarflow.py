@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.hooks import apply_group_offloading
 
 from dit_suite import load_pipeline
 from dit_suite.call_options import TarFlowOptions
@@ -199,6 +202,74 @@ def test_save_and_load_in_a_new_process_gives_the_same_picture(tmp_path):
     target = tmp_path / "out.npy"
     subprocess.run([sys.executable, "-c", script, str(tmp_path), str(target)], check=True, cwd=ROOT)
     assert np.array_equal(np.load(target), wanted)
+
+
+def linear_pipe() -> TarFlowPipeline:
+    """Starts its sweeps from a random linear guess."""
+    strategies = ([0, 1, 3], [1, 3, 2], ["latent", "linear", "linear"])
+    pipe = tiny_pipe(GSJacobiScheduler(*strategies), guess_kernel=3)
+    for block in pipe.transformer.blocks:
+        torch.nn.init.normal_(block.guess.weight, std=0.1)
+    return pipe
+
+
+def test_offloading_every_layer_changes_nothing():
+    """Weights lie on the meta device except while a forward uses them: whatever no hook sees would fail."""
+    pipe = linear_pipe()
+    wanted, guided = run(pipe), run(pipe, guidance_scale=2.0)
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {"meta"}
+    np.testing.assert_allclose(run(pipe), wanted, atol=1e-6)
+    np.testing.assert_allclose(run(pipe, guidance_scale=2.0), guided, atol=1e-6)
+    assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {"meta"}
+
+
+def test_offloading_the_model_loads_it_before_the_first_block():
+    pipe, events = linear_pipe(), []
+
+    class Loads(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            events.append("model")
+            return args, kwargs
+
+    add_hook_to_module(pipe.transformer, Loads())
+    handle = pipe.transformer.blocks[2].proj_in.register_forward_pre_hook(lambda m, a: events.append("block"))
+    pipe([0], denoise_strength=0.0)
+    handle.remove()
+    assert events == ["model"] + ["block"] * 8
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_offloading_groups_to_the_disk_changes_nothing(tmp_path, offload_type):
+    """What is offloaded is emptied, so that a network call outside of the hooks would use rubbish."""
+    pipe = linear_pipe()
+    pipe.transformer.requires_grad_(True)
+    wanted = run(pipe)
+    apply_group_offloading(
+        pipe.transformer, torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1,
+        offload_to_disk_path=str(tmp_path),
+    )  # fmt: skip
+    for block in pipe.transformer.blocks:
+        block.pos_embed.data.fill_(float("nan"))
+    np.testing.assert_allclose(run(pipe), wanted, atol=1e-6)
+
+
+def test_default_call_in_inference_mode():
+    pipe = linear_pipe()
+    pipe.transformer.requires_grad_(True)
+    wanted = run(pipe)
+    with torch.inference_mode():
+        np.testing.assert_allclose(run(pipe), wanted, atol=1e-6)
+
+
+def test_layerwise_casting_keeps_the_linear_guess():
+    """The first guess is cheap and read outside of a layer's forward: it stays in float32."""
+    pipe = linear_pipe()
+    wanted = run(pipe, denoise_strength=0.0)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert pipe.transformer.blocks[0].layers[0].to_qkv.weight.dtype == torch.float8_e4m3fn
+    found = run(pipe, denoise_strength=0.0)
+    assert 1e-5 < np.abs(found - wanted).max() < 0.1
 
 
 @pytest.fixture(scope="module")

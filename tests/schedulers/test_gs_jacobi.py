@@ -244,6 +244,33 @@ def test_interruption_stops_before_the_next_call():
     assert trace.interrupted and trace.calls == 3
 
 
+def test_interruption_between_the_sweeps_of_a_module():
+    """Three modules of 4 sweeps, stopped before the sixth: the later modules still hold their first guess."""
+    model, z, seen = tiny_model(), noise(2), []
+    trace = GSJacobiScheduler().step(
+        model.blocks[0], 0, z, strategy=BlockStrategy(3, 4), progress=seen.append, should_stop=lambda: len(seen) == 5
+    )
+    assert trace.interrupted and trace.calls == 5 and trace.modules == [0, 0, 0, 0, 1]
+    assert torch.equal(trace.tokens[:, 7:], z[:, 7:]) and not torch.equal(trace.tokens[:, 4:6], z[:, 4:6])
+
+
+def test_interruption_of_the_sequential_fallback():
+    """All sweeps run, one sample diverges, and its sequential solution is stopped after two calls of eight."""
+    model, huge, asked = tiny_model(volume_preserving=True), noise(3), []
+    huge[1, 4, 0] = 5e6
+
+    def stop() -> bool:
+        asked.append(None)
+        return len(asked) > 6 + 2
+
+    done = []
+    trace = GSJacobiScheduler().step(
+        model.blocks[0], 0, huge, LABELS[:3], strategy=BlockStrategy(3, 2), progress=done.append, should_stop=stop
+    )
+    assert trace.fallbacks == (1,) and trace.interrupted and trace.calls == 6 + 2
+    assert sum(done) == 6
+
+
 def test_scheduler_config_round_trip(tmp_path):
     scheduler = GSJacobiScheduler([0, 1, 4], [1, 2, 3], ["latent", "linear", "zero"], [-1.0, 0.02, 0.1], tolerance=0.01)
     scheduler.save_pretrained(tmp_path)
