@@ -14,7 +14,7 @@ from dit_suite.pipelines.pipeline_tarflow import TarFlowPipeline
 from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler
 from dit_suite.schedulers.trigflow import TrigFlowScheduler
 from dit_suite.ui import engine
-from dit_suite.ui.engine import Engine, Finished, Progress, Stopped, StopFlag, make_job
+from dit_suite.ui.engine import Engine, Finished, Progress, StopFlag, Stopped, make_job
 from dit_suite.ui.settings import PUBLIC_LIMITS
 from tests.models.test_tarflow import tiny_model
 from tests.tiny import save_tiny
