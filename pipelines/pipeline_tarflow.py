@@ -87,6 +87,12 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             raise ValueError(f"sweeps and modules must be at least 1, got {sweeps} and {modules}")
         if not tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+        guesses = {each.guess for each in self.block_strategies(strategy, sweeps, modules)}
+        if "linear" in guesses and not self.transformer.config.guess_kernel:
+            raise ValueError(
+                'the strategy starts from the guess "linear", but the model has none (guess_kernel is 0): run '
+                "scripts/plan_tarflow.py on it, or choose another strategy"
+            )
         shape = self._latent_shape(total)
         self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
 

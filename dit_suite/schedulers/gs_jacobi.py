@@ -230,19 +230,17 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.zeros(0, dtype=torch.int64)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """One step per block: `timesteps` are the block indices in sampling order, B - 1 .. 0.
+        """One step per block: `timesteps` are the block indices in sampling order, B - 1 .. 0."""
+        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
+
+    def strategy_of(self, block: int, num_blocks: int) -> BlockStrategy:
+        """How block `block` (in forward order) is solved.
 
         Raises:
             ValueError: the strategy is for another number of blocks.
         """
-        if self.strategies and len(self.strategies) != num_inference_steps:
-            raise ValueError(
-                f"the strategy lists {len(self.strategies)} blocks, but the model has {num_inference_steps}"
-            )
-        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
-
-    def strategy_of(self, block: int, num_blocks: int) -> BlockStrategy:
-        """How block `block` (in forward order) is solved."""
+        if self.strategies and len(self.strategies) != num_blocks:
+            raise ValueError(f"the strategy lists {len(self.strategies)} blocks, but the model has {num_blocks}")
         return self.strategies[num_blocks - 1 - block] if self.strategies else BlockStrategy()
 
     def planned_calls(self, num_blocks: int, tokens: int) -> int:

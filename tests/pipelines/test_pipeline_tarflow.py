@@ -178,6 +178,23 @@ def test_bad_input_is_one_sentence_before_any_work(given, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (GSJacobiScheduler([1] * 3, [2] * 3, ["latent", "linear", "zero"]), "plan_tarflow"),
+        (GSJacobiScheduler([1] * 4, [2] * 4), "lists 4 blocks, but the model has 3"),
+    ],
+)
+def test_a_strategy_that_does_not_fit_is_refused_before_any_work_and_only_if_it_is_used(scheduler, message):
+    pipe = tiny_pipe(scheduler)
+    wanted = run(tiny_pipe(), strategy="sequential")
+    assert np.array_equal(run(pipe, strategy="sequential"), wanted)
+    assert np.array_equal(run(pipe, strategy="jacobi", sweeps=2), run(tiny_pipe(), strategy="jacobi", sweeps=2))
+    pipe.transformer.blocks[2].proj_in.register_forward_pre_hook(lambda m, a: pytest.fail("the network ran"))
+    with pytest.raises(ValueError, match=message):
+        pipe([0])
+
+
 def test_options_are_arguments_of_the_call():
     import inspect
 

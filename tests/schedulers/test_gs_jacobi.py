@@ -284,9 +284,11 @@ def test_bad_strategies_are_refused():
     with pytest.raises(ValueError, match="one length"):
         GSJacobiScheduler([1, 1], [2])
     with pytest.raises(ValueError, match="3 blocks"):
-        GSJacobiScheduler([1, 1, 1]).set_timesteps(4)
+        solve(tiny_model(num_blocks=4), noise(1), None, GSJacobiScheduler([1, 1, 1]))
     with pytest.raises(ValueError, match="sweeps 1 or more"):
         BlockStrategy(1, 0)
+    with pytest.raises(ValueError, match="tolerance must be a number"):
+        GSJacobiScheduler([1], tolerances=[float("nan")])
     with pytest.raises(ValueError, match="letters a and b"):
         FlowGuidance(1.0, "ac")
     with pytest.raises(ValueError, match="plan_tarflow"):
