@@ -80,7 +80,7 @@ class FlowSystem:
         self.condition = block.condition(class_labels)
         if self.condition is not None:
             self.condition = self.condition.expand(self.batch, -1, -1)
-        labelled = self.condition is not None and class_labels is not None
+        labelled = self.condition is not None and class_labels is not None and bool((class_labels >= 0).any())
         self.guidance = guidance if guidance.active and (labelled or guidance.temperature != 1.0) else None
         self.weaker = None if self.condition is None else block.condition(None).expand(self.batch, -1, -1)
 

@@ -56,6 +56,38 @@ def test_guidance_reaches_the_solver():
     np.testing.assert_allclose(run(pipe, strategy="jacobi", sweeps=9, guidance_scale=2.0), guided, atol=5e-5)
 
 
+def test_guidance_without_a_class_costs_nothing():
+    """ "No class" is the weaker branch itself; beside a sample with a class it is left as it is."""
+    pipe, rows = tiny_pipe(), []
+    plain = run(pipe, (None, None), strategy="jacobi", sweeps=2, denoise_strength=0.0)
+    pipe.transformer.blocks[0].proj_in.register_forward_pre_hook(lambda m, a: rows.append(a[0].shape[0]))
+    given = {"strategy": "jacobi", "sweeps": 2, "denoise_strength": 0.0, "guidance_scale": 3.0}
+    assert np.array_equal(run(pipe, (None, None), **given), plain)
+    assert rows == [2, 2]
+    mixed = run(pipe, (None, 1), **given)
+    assert rows == [2, 2, 4, 4]
+    np.testing.assert_allclose(mixed[0], plain[0], atol=1e-5)
+
+
+def test_first_guess_of_fixed_strategies():
+    pipe, given = linear_pipe(), {"strategy": "jacobi", "denoise_strength": 0.0}
+    found = {guess: run(pipe, sweeps=1, guess=guess, **given) for guess in ("latent", "zero", "linear")}
+    assert np.array_equal(found["latent"], run(pipe, sweeps=1, **given))
+    assert min(np.abs(found["latent"] - found[guess]).max() for guess in ("zero", "linear")) > 1e-3
+    exact = run(pipe, strategy="sequential", denoise_strength=0.0)
+    np.testing.assert_allclose(run(pipe, sweeps=9, guess="linear", **given), exact, atol=2e-5)
+
+
+def test_the_score_step_in_parts_is_the_score_step():
+    """18 rows are two parts."""
+    pipe = tiny_pipe()
+    sample = torch.randn(18, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(18) % 3
+    found = pipe.denoise(sample, labels, 0.7)
+    torch.testing.assert_close(found, pipe.transformer.denoise(sample, labels, 0.7), atol=1e-6, rtol=0)
+    assert (found - sample).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+
+
 def test_a_sample_is_a_function_of_its_generator_alone():
     pipe = tiny_pipe(GSJacobiScheduler([0, 1, 3], [1, 5, 2], tolerance=1e-2))
     together = run(pipe, (0, 1, 2, 0))
@@ -161,6 +193,8 @@ def test_given_latents():
         ({"strategy": "fast"}, "strategy must be one of"),
         ({"sweeps": 0}, "at least 1"),
         ({"tolerance": -1.0}, "tolerance"),
+        ({"guess": "best"}, "guess must be one of latent, zero, linear"),
+        ({"guess": "linear", "strategy": "jacobi"}, "guess_kernel is 0"),
         ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"shape \(1, 3, 6, 6\)"),
         ({"output_type": "jpg"}, "output_type"),
@@ -310,6 +344,16 @@ def test_bundle_gauss_seidel_run_to_the_end_equals_sequential(bundle, index, tol
     with torch.no_grad():
         for solution in (found, exact):
             torch.testing.assert_close(block(solution, labels)[0], noise, atol=1e-3, rtol=0)
+
+
+def test_bundle_jacobi_until_it_comes_to_rest_equals_sequential(bundle):
+    """255 sweeps at most, which would take 17 s; an easy block comes to rest long before."""
+    block, labels = bundle.transformer.blocks[2], torch.tensor([30])
+    noise = torch.randn(1, 256, 48, generator=torch.Generator().manual_seed(0))
+    exact = GSJacobiScheduler().step(block, 2, noise, labels).tokens
+    trace = GSJacobiScheduler().step(block, 2, noise, labels, strategy=BlockStrategy(1, 255, tolerance=1e-6))
+    torch.testing.assert_close(trace.tokens, exact, atol=1e-4, rtol=0)
+    assert trace.calls < 60
 
 
 def test_bundle_plan_keeps_the_picture_and_saves_most_calls(bundle):

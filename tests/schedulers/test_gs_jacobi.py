@@ -139,17 +139,24 @@ def test_samples_stop_alone_and_do_not_influence_each_other(modules, guidance):
         assert [int(t.sweeps[0]) for t in alone.blocks] == sweeps[:, i].tolist()
 
 
-def test_finished_samples_leave_the_batch():
-    model = tiny_model(spread=0.3)
+@pytest.mark.parametrize("modules", [1, 2])
+def test_finished_samples_leave_the_batch(modules):
+    """And come back for the next module."""
+    model, sizes = tiny_model(spread=0.3), {0: [], 1: [], 2: []}
     z = noise(4)
-    z[1:] *= 0.01
-    sizes = []
-    block = model.blocks[0]
-    handle = block.proj_in.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[0]))
-    GSJacobiScheduler(tolerance=1e-3).step(block, 0, z, LABELS, strategy=BlockStrategy(1, 12))
-    handle.remove()
-    assert sizes[0] == 4 and sizes[-1] < 4
-    assert sizes == sorted(sizes, reverse=True)
+    z[1] *= 0.01
+    for index, block in enumerate(model.blocks):
+        block.proj_in.register_forward_pre_hook(lambda module, args, own=sizes[index]: own.append(args[0].shape[0]))
+    solution = solve(model, z, LABELS, GSJacobiScheduler([modules] * 3, [12] * 3, tolerance=1e-3))
+    smaller = 0
+    for trace in solution.blocks:
+        own = sizes[trace.block]
+        assert len(own) == trace.calls and sum(own) == int(trace.sweeps.sum())
+        for module in range(modules):
+            part = [size for size, number in zip(own, trace.modules, strict=True) if number == module]
+            assert part[0] == 4 and part == sorted(part, reverse=True)
+            smaller += part[-1] < 4
+    assert smaller
 
 
 def test_pooled_stopping_depends_on_the_batch_but_sample_stopping_does_not():
