@@ -62,6 +62,12 @@ class TarFlowOptions(Options):
         minimum=0.0,
         advanced=True,
     )
+    guess: str = option(
+        "latent",
+        "where sweeps start (jacobi, gauss-seidel): the noise, zero, or the linear guess of a planned checkpoint",
+        choices=("latent", "zero", "linear"),
+        advanced=True,
+    )
     guidance_parameters: str = option(
         "ab", "what guidance moves: a log-scale, b shift", choices=("ab", "a", "b"), advanced=True
     )

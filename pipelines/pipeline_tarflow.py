@@ -14,6 +14,7 @@ from dit_suite.models.tarflow import TarFlowModel
 from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, initial_noise
 from dit_suite.schedulers.gs_jacobi import BlockStrategy, BlockTrace, FlowGuidance, GSJacobiScheduler
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.schedulers.tarflow_strategy import GUESSES
 
 STRATEGIES = ("planned", "sequential", "jacobi", "gauss-seidel")
 DENOISE_ROWS = 16
@@ -71,6 +72,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         sweeps: int,
         modules: int,
         tolerance: float,
+        guess: str,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         output_type: str,
@@ -87,6 +89,14 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             raise ValueError(f"sweeps and modules must be at least 1, got {sweeps} and {modules}")
         if not tolerance >= 0:
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+        if guess not in GUESSES:
+            raise ValueError(f"guess must be one of {', '.join(GUESSES)}, got {guess!r}")
+        guesses = {each.guess for each in self.block_strategies(strategy, sweeps, modules, guess)}
+        if "linear" in guesses and not self.transformer.config.guess_kernel:
+            raise ValueError(
+                'the strategy starts from the guess "linear", but the model has none (guess_kernel is 0): run '
+                "scripts/plan_tarflow.py on it, or choose another strategy"
+            )
         shape = self._latent_shape(total)
         self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
 
@@ -106,14 +116,14 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             latents = initial_noise(shape, device, generator)
         return latents.to(device=device, dtype=torch.float32)
 
-    def block_strategies(self, strategy: str, sweeps: int, modules: int) -> list[BlockStrategy]:
+    def block_strategies(self, strategy: str, sweeps: int, modules: int, guess: str = "latent") -> list[BlockStrategy]:
         """How each block is solved, in sampling order."""
         count = len(self.transformer.blocks)
         if strategy == "planned":
             return [self.scheduler.strategy_of(block, count) for block in reversed(range(count))]
         if strategy == "sequential":
             return [BlockStrategy()] * count
-        return [BlockStrategy(1 if strategy == "jacobi" else modules, sweeps)] * count
+        return [BlockStrategy(1 if strategy == "jacobi" else modules, sweeps, guess)] * count
 
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Pictures from a state `(batch, channels, side, side)`: the final one, or a preview after any block."""
@@ -140,6 +150,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         sweeps: int = 16,
         modules: int = 8,
         tolerance: float = 0.0,
+        guess: str = "latent",
         guidance_parameters: str = "ab",
         attention_temperature: float = 1.0,
         annealed_guidance: bool = True,
@@ -160,6 +171,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             strategy: "planned" (the scheduler's), "sequential", "jacobi" (whole sequence) or "gauss-seidel".
             sweeps, modules, tolerance: for "jacobi" and "gauss-seidel", the same for every block; a sample leaves a
                 module when its root mean square error, estimated from the last two sweeps, is within `tolerance`.
+            guess: where "jacobi" and "gauss-seidel" start: "latent" (the noise), "zero", or "linear" (a fitted one).
             guidance_parameters: "ab", "a" (log-scale only) or "b" (shift only).
             attention_temperature: attention temperature of the weaker branch; what guides a model without classes.
             annealed_guidance: the guidance weight grows linearly over the tokens of a block.
@@ -175,14 +187,14 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
 
         Raises:
             ValueError: an argument is out of range or does not fit the model.
-            FloatingPointError: a block overflowed (guidance too strong).
+            FlowOverflow: a block overflowed (guidance too strong); both a `ValueError` and a `FloatingPointError`.
         """
         callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         ids = [label for label in self.get_label_ids(class_labels) for _ in range(num_images_per_prompt)]
         total = len(ids)
         self.check_inputs(
-            total, num_images_per_prompt, denoise_strength, strategy, sweeps, modules, tolerance, generator, latents,
-            output_type, callback_inputs,
+            total, num_images_per_prompt, denoise_strength, strategy, sweeps, modules, tolerance, guess, generator,
+            latents, output_type, callback_inputs,
         )  # fmt: skip
         FlowGuidance(guidance_scale - 1.0, guidance_parameters, attention_temperature, annealed_guidance)
         self._guidance_scale = guidance_scale
@@ -193,12 +205,10 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         self.scheduler.set_timesteps(count, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        strategies = self.block_strategies(strategy, sweeps, modules)
+        strategies = self.block_strategies(strategy, sweeps, modules, guess)
         limit = None if strategy == "planned" else tolerance
         latents = self.prepare_latents(self._latent_shape(total), device, generator, latents)
-        latents = self.transformer.unpatchify(
-            self.transformer.patchify(latents) * self.transformer.var.to(device, torch.float32).sqrt()
-        )
+        latents = self.transformer.unpatchify(self.transformer.scale_noise(self.transformer.patchify(latents)))
         calls = sum(len(each.calls(self.transformer.num_tokens)) for each in strategies)
         run, traces = Run(), []
         denoising = output_type != "latent" and denoise_strength > 0

@@ -55,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
                      help="accept a mu/sigma file without provenance, made from N images")  # fmt: skip
     how.add_argument("--device", help="default: the GPU of this process, if there is one")
     how.add_argument("--bpd", metavar="CHECKPOINT",
-                     help="bits per dimension of the samples under a TarFlow, without class labels")  # fmt: skip
+                     help="bits per dimension of the samples under a TarFlow")  # fmt: skip
+    how.add_argument("--bpd-class-labels", nargs="+", metavar="LABEL",
+                     help="ids or names for --bpd, used in turn (default: no class)")  # fmt: skip
     EvaluationOptions.add_arguments(parser.add_argument_group("settings"))
     out = parser.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="FILE.jsonl", help="also append the JSON line to this file")
@@ -138,27 +140,43 @@ def open_inputs(args: argparse.Namespace, job: Any, state: Any) -> Any:
     return Inputs(samples, reference, baseline, train, floor, with_floor=args.floor != "none")
 
 
-def open_flow(checkpoint: str, samples: Any, device: Any) -> Any:
-    """The flow that bits per dimension are measured with."""
+def open_flow(checkpoint: str, labels: list[str] | None, samples: Any, device: Any) -> tuple[Any, list[int] | None]:
+    """The flow that bits per dimension are measured with, and the class of every sample."""
     from dit_suite.checkpoints import load_pipeline
     from dit_suite.evaluation.statistics import FeatureSet
     from dit_suite.models.tarflow import TarFlowModel
 
     if isinstance(samples, FeatureSet):
         raise ValueError("bits per dimension need the samples themselves, not a statistics file")
-    model = load_pipeline(checkpoint, device=device).transformer
-    if not isinstance(model, TarFlowModel):
-        raise ValueError(f"--bpd needs a TarFlow checkpoint, {checkpoint} holds {type(model).__name__}")
-    return model
+    pipe = load_pipeline(checkpoint, device=device)
+    if not isinstance(pipe.transformer, TarFlowModel):
+        raise ValueError(f"--bpd needs a TarFlow checkpoint, {checkpoint} holds {type(pipe.transformer).__name__}")
+    if labels is None:
+        return pipe.transformer, None
+    ids = pipe.get_label_ids([int(label) if label.isdigit() else label for label in labels])
+    return pipe.transformer, [ids[index % len(ids)] for index in range(len(samples))]
 
 
-def add_bits_per_dim(report: Any, checkpoint: str, model: Any, samples: Any) -> None:
+def add_bits_per_dim(report: Any, args: argparse.Namespace, model: Any, labels: list[int] | None, samples: Any) -> None:
     """Puts the exact likelihood of the samples under a flow into the report."""
     from dit_suite.evaluation.bpd import bits_per_dim
 
-    found = bits_per_dim(model, (samples.read([index])[0] for index in range(len(samples))))
+    found = bits_per_dim(model, (samples.read([index])[0] for index in range(len(samples))), labels)
     report.metrics["bpd"] = found.mean
-    report.details["bpd"] = {"standard_error": found.standard_error, "checkpoint": checkpoint, "class_labels": "none"}
+    report.details["bpd"] = {
+        "standard_error": found.standard_error,
+        "checkpoint": args.bpd,
+        "class_labels": args.bpd_class_labels or "none",
+    }
+
+
+def only_likelihood(inputs: Any, state: Any) -> Any:
+    """A report without any features, on the main process."""
+    from dit_suite.evaluation.report import Report
+
+    if state is not None and not state.is_main_process:
+        return None
+    return Report(None, {**inputs.samples.describe(), "samples": len(inputs.samples)}, None)
 
 
 def run(args: argparse.Namespace, job: Any) -> None:
@@ -172,23 +190,28 @@ def run(args: argparse.Namespace, job: Any) -> None:
 
     options = EvaluationOptions.from_namespace(args)
     metrics = args.metrics or ("fd,kid" if args.reference is not None else "")
+    if args.bpd_class_labels is not None and args.bpd is None:
+        raise ValueError("--bpd-class-labels belongs to --bpd")
     if not metrics and args.save_statistics is None and args.bpd is None:
         raise ValueError("give --reference, --metrics, --bpd or --save-statistics: nothing was asked for")
     requests = parse_metrics(metrics) if metrics else ()
     state = distributed_state()
     inputs = open_inputs(args, job, state)
-    flow = None if args.bpd is None else open_flow(args.bpd, inputs.samples, args.device or state.device)
-    extractor = load_extractor(
-        args.features, inception_weights=args.inception_weights, device=args.device or state.device
-    )
-    evaluation = Evaluation(
-        inputs, extractor, requests, options, state, keep_everything=args.save_statistics is not None
-    )
-    report = evaluation.run()
+    device = args.device or state.device
+    if args.bpd is not None:
+        flow, labels = open_flow(args.bpd, args.bpd_class_labels, inputs.samples, device)
+    if requests or args.save_statistics is not None or args.train_set is not None:
+        extractor = load_extractor(args.features, inception_weights=args.inception_weights, device=device)
+        evaluation = Evaluation(
+            inputs, extractor, requests, options, state, keep_everything=args.save_statistics is not None
+        )
+        report = evaluation.run()
+    else:
+        report = only_likelihood(inputs, state)
     if report is None:
         return
     if args.bpd is not None:
-        add_bits_per_dim(report, args.bpd, flow, inputs.samples)
+        add_bits_per_dim(report, args, flow, labels, inputs.samples)
     if args.save_statistics is not None:
         found, keep = evaluation.feature_set, not args.without_features
         save_feature_set(args.save_statistics, found, compact=args.compact, keep_features=keep)

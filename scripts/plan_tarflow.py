@@ -21,16 +21,27 @@ import torch
 from safetensors import safe_open
 
 from dit_suite.checkpoints import SHARD_SIZE, find_checkpoint, open_pipeline
+from dit_suite.compact_weights import SCALE
 from dit_suite.schedulers.generators import randn_per_sample, sample_generators
 from dit_suite.schedulers.gs_jacobi import FlowGuidance
 from dit_suite.schedulers.tarflow_planner import Planner, calibrate, fit_guesses
 
+DEFAULT_KERNEL = 3
+
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the first weight on the disk."""
-    path = sorted(folder.rglob("*.safetensors"))[0]
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(sorted(file.keys())[0]).dtype
+    """The dtype of the first floating-point weight on the disk; scales of weights in one byte do not count.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for path in sorted(folder.rglob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in sorted(file.keys()):
+                dtype = file.get_tensor(name).dtype
+                if dtype.is_floating_point and not name.endswith(SCALE):
+                    return dtype
+    raise ValueError(f"{folder} holds no floating-point weights")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -45,14 +56,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--samples", type=int, default=128, help="calibration samples, a quarter of them for the last check"
     )
-    parser.add_argument("--kernel", type=int, default=3, help="side of the linear guess in tokens; 0: none")
+    parser.add_argument(
+        "--kernel",
+        type=int,
+        help="side of the linear guess to fit, in tokens; 0: none (default: the checkpoint's own guess, or one of 3)",
+    )
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="guidance that the plan is for")
     parser.add_argument("--seed", type=int, default=1_000_000, help="first seed of the calibration samples")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     if arguments.samples < 8 or arguments.samples // 4 < arguments.batch_size:
         parser.error("--samples must be at least 8 and four times the batch size")
-    if arguments.kernel < 0 or (arguments.kernel and arguments.kernel % 2 == 0):
+    if arguments.kernel and (arguments.kernel < 0 or arguments.kernel % 2 == 0):
         parser.error("--kernel must be odd, or 0")
     return arguments
 
@@ -61,10 +76,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_plan(arguments: argparse.Namespace) -> tuple:
     """The planned pipeline and the plan."""
     checkpoint = find_checkpoint(arguments.model)
+    dtype = stored_dtype(checkpoint.folder)
     pipe = open_pipeline(checkpoint, device=arguments.device)
     if not hasattr(pipe.transformer, "num_tokens") or not hasattr(pipe.scheduler, "strategy_of"):
         raise ValueError(f"{arguments.model} is not a TarFlow checkpoint")
     model = pipe.transformer.requires_grad_(False)
+    if arguments.kernel is not None and model.config.guess_kernel:
+        raise ValueError(
+            f"{arguments.model} has a linear guess already (guess_kernel {model.config.guess_kernel}), which is kept: "
+            "leave out --kernel"
+        )
+    kernel = DEFAULT_KERNEL if arguments.kernel is None else arguments.kernel
     generators = sample_generators(arguments.seed, range(arguments.samples))
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
     noise = model.patchify(randn_per_sample(shape, generators, arguments.device))
@@ -77,9 +99,9 @@ def make_plan(arguments: argparse.Namespace) -> tuple:
     calibration = calibrate(model, noise, labels, guidance)
     unseen = arguments.samples // 4
     chosen_by = arguments.samples
-    if arguments.kernel and not model.config.guess_kernel:
+    if kernel and not model.config.guess_kernel:
         chosen_by -= unseen
-        model = fit_guesses(model, calibration.rows(slice(chosen_by, None)), arguments.kernel)
+        model = fit_guesses(model, calibration.rows(slice(chosen_by, None)), kernel)
     planner = Planner(
         model,
         calibration.rows(slice(unseen, chosen_by)),
@@ -96,7 +118,7 @@ def make_plan(arguments: argparse.Namespace) -> tuple:
         "threads": torch.get_num_threads(),
         "machine": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
     }
-    model.to(stored_dtype(checkpoint.folder))
+    model.to(dtype)
     # A new pipeline, so that the folder it came from is not recorded in the new one.
     model.register_to_config(_name_or_path="")
     planned = type(pipe)(model, plan.scheduler(record), id2label=pipe.config.id2label)
@@ -127,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise FileExistsError(f"{arguments.output} exists already")
         pipe, plan, checkpoint = make_plan(arguments)
         save(pipe, checkpoint.folder, arguments.output)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError) as error:
         print(f"plan_tarflow: {error}", file=sys.stderr)
         return 2
     for number, strategy in enumerate(plan.strategies):

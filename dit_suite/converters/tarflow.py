@@ -79,6 +79,14 @@ def to_original_keys(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return renamed
 
 
+def _layers(state_dict: Mapping[str, torch.Tensor]) -> dict[int, set[int]]:
+    """Block number to the numbers of its layers."""
+    found: dict[int, set[int]] = {}
+    for match in filter(None, map(_LAYER.match, state_dict)):
+        found.setdefault(int(match.group(1).split(".")[1]), set()).add(int(match.group(2)))
+    return found
+
+
 def infer_config(state_dict: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """The `TarFlowModel` arguments that the original state dict's shapes tell, overridden by `given`.
 
@@ -88,12 +96,14 @@ def infer_config(state_dict: Mapping[str, torch.Tensor], given: Mapping[str, Any
     blocks = sorted({int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")})
     if blocks != list(range(len(blocks))) or not blocks or "blocks.0.proj_in.weight" not in state_dict:
         raise ConversionError("the state dict is not a TarFlow: it has no complete run of blocks.N.proj_in")
+    layers = _layers(state_dict)
+    missing = [name for name in ("pos_embed", "proj_out.weight") if f"blocks.0.{name}" not in state_dict]
+    missing += [f"attn_blocks of block {block}" for block in blocks if block not in layers]
+    if missing:
+        raise ConversionError(f"the state dict is not a whole TarFlow: {missing[0]} is missing")
     hidden_size, token_dim = state_dict["blocks.0.proj_in.weight"].shape
     tokens = state_dict["blocks.0.pos_embed"].shape[0]
-    depths = [
-        1 + max(int(match.group(2)) for match in map(_LAYER.match, state_dict) if match and match.group(1) == prefix)
-        for prefix in (f"blocks.{block}." for block in blocks)
-    ]
+    depths = [1 + max(layers[block]) for block in blocks]
     in_channels = given.get("in_channels") or (3 if token_dim % 3 == 0 else 1)
     patch_size = math.isqrt(token_dim // in_channels)
     classes = state_dict.get("blocks.0.class_embed")
@@ -184,7 +194,7 @@ def convert(source: Path, arguments: argparse.Namespace) -> Any:
     """The pipeline that `scripts/convert.py` saves; it samples sequentially until a strategy is planned.
 
     Raises:
-        ConversionError: wrong keys or shapes, or flags that contradict the weights.
+        ConversionError: wrong keys or shapes, flags that contradict the weights, or nothing tells the training noise.
     """
     from dit_suite.pipelines.pipeline_tarflow import TarFlowPipeline
     from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler
@@ -192,5 +202,10 @@ def convert(source: Path, arguments: argparse.Namespace) -> Any:
     state_dict, config = read_source(source)
     flags = {name: getattr(arguments, name, None) for name in ("head_dim", "noise_std", "in_channels")}
     given = from_original_config(config) | {name: value for name, value in flags.items() if value is not None}
+    if "noise_std" not in given:
+        raise ConversionError(
+            f"nothing tells the training noise of {source.name}, which the score step has to remove: give --noise-std "
+            "in units of [-1, 1] pixels (0 for a model of uniform noise)"
+        )
     model = build_model(state_dict, given)
     return TarFlowPipeline(model, GSJacobiScheduler(), id2label=label_names(config))

@@ -19,10 +19,11 @@ class Report:
     """Everything one evaluation found; `to_json_line` is what is stored.
 
     `metrics` maps a name to its value, `intervals` to its bootstrap interval, `floor` to the value two sets of real
-    samples get. `comparison` holds verdicts against a baseline run, `pairs` per-pair summaries.
+    samples get. `comparison` holds verdicts against a baseline run, `pairs` per-pair summaries; `features` is None
+    where none were needed.
     """
 
-    features: ExtractorTag
+    features: ExtractorTag | None
     samples: dict[str, Any]
     reference: dict[str, Any] | None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -47,7 +48,7 @@ class Report:
             "comparison": self.comparison,
             "memorisation": self.memorisation,
             "warnings": self.warnings,
-            "features": asdict(self.features),
+            "features": asdict(self.features) if self.features else None,
             "samples": shortened(self.samples),
             "reference": shortened(self.reference) if self.reference else None,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),

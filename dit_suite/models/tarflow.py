@@ -11,6 +11,7 @@ Token 0 of a block has a = b = 0. Odd blocks read the tokens in reverse. Trainin
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -237,9 +238,18 @@ class TarFlowBlock(nn.Module):
         return self.guess(grid).flatten(2).transpose(1, 2).float()
 
     def forward(
-        self, hidden_states: torch.Tensor, class_labels: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Data to noise: `(batch, tokens, token_dim)` in image order -> the same shape, and log-det `(batch,)`."""
+        self,
+        hidden_states: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        solver: Callable[["TarFlowBlock", torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | torch.Tensor:
+        """Data to noise: `(batch, tokens, token_dim)` in image order -> the same shape, and log-det `(batch,)`.
+
+        With a `solver`, noise to data: what `solver(block, hidden_states, class_labels)` returns. It calls the network
+        many times within this one forward, so that weights which a hook loads around a forward are there for all.
+        """
+        if solver is not None:
+            return solver(self, hidden_states, class_labels)
         ordered = self.order(hidden_states)
         log_scale, shift = self.affine(ordered, class_labels)
         latents = (ordered.float() - shift) * torch.exp(-log_scale)
@@ -280,7 +290,7 @@ class TarFlowModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["TarFlowBlock"]
     _repeated_blocks = ["TarFlowBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "class_embed", "proj_in", "norm", "var"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "class_embed", "proj_in", "norm", "var", "guess"]
 
     @register_to_config
     def __init__(
@@ -336,18 +346,32 @@ class TarFlowModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         grid = tokens.transpose(1, 2).unflatten(2, (side, side))
         return F.pixel_shuffle(grid, self.config.patch_size)
 
+    def scale_noise(self, noise: torch.Tensor) -> torch.Tensor:
+        """Standard normal tokens `(batch, tokens, token_dim)` -> tokens of the prior, float32: where sampling starts.
+
+        A forward of its own, so that a hook which loads the whole model for a forward has loaded it for the blocks.
+        """
+        return self.forward(noise, solver=lambda tokens: tokens.float() * self.var.float().sqrt())
+
     def forward(
-        self, sample: torch.Tensor, class_labels: torch.Tensor | None = None, return_dict: bool = True
-    ) -> TarFlowOutput | tuple:
+        self,
+        sample: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        solver: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> TarFlowOutput | tuple | torch.Tensor:
         """Data to noise.
 
         Args:
             sample: `(batch, channels, side, side)` in [-1, 1].
             class_labels: `(batch,)` int64; negative entries stand for "no class". None: no class for all.
+            solver: runs in place of this pass, see `TarFlowBlock.forward` and `scale_noise`.
 
         Returns:
-            `TarFlowOutput`, or the tuple of its fields.
+            `TarFlowOutput`, or the tuple of its fields; with a solver, `solver(sample)`.
         """
+        if solver is not None:
+            return solver(sample)
         hidden_states = self.patchify(sample)
         outputs, logdets = [], []
         for block in self.blocks:
@@ -384,21 +408,27 @@ class TarFlowModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ) -> torch.Tensor:
         """Removes the training noise by one score step: x + strength * noise_std^2 * d/dx log p(x | class).
 
-        `strength` 1 is Tweedie's formula. Rows are independent of each other.
+        `strength` 1 is Tweedie's formula. Rows are independent of each other. Works within `torch.inference_mode()`.
         """
         amount = strength * self.config.noise_std**2
         if amount == 0.0:
             return sample
-        with torch.enable_grad():
+        # Backward must see the weights of the forward, which offloading takes out of the parameters in between.
+        loaded = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
+        with torch.inference_mode(False), torch.enable_grad(), loaded:
             noisy = sample.detach().clone().requires_grad_(True)
-            (score,) = torch.autograd.grad(self.log_likelihood(noisy, class_labels).sum(), noisy)
+            labels = None if class_labels is None else class_labels.clone()
+            (score,) = torch.autograd.grad(self.log_likelihood(noisy, labels).sum(), noisy)
         return sample + amount * score.to(sample.dtype)
 
     @torch.no_grad()
-    def update_prior(self, latents: torch.Tensor) -> None:
-        """Moves the prior variance of a volume-preserving flow towards mean(z^2) of a training batch."""
-        target = latents.detach().float().square().mean(dim=0).to(self.var.dtype)
-        self.var.lerp_(target, PRIOR_MOMENTUM)
+    def update_prior(self, mean_square: torch.Tensor) -> None:
+        """Moves the prior variance of a volume-preserving flow a tenth of the way to a training batch's mean(z^2).
+
+        Args:
+            mean_square: `(tokens, token_dim)`.
+        """
+        self.var.lerp_(mean_square.to(self.var.dtype), PRIOR_MOMENTUM)
 
 
 def dequantize(pixels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,10 @@ DIVERGED = 1e6
 SLOWEST = 0.9
 
 
+class FlowOverflow(FloatingPointError, ValueError):
+    """A sample left the range of float32: what was asked for (mostly the guidance) is too much for the model."""
+
+
 @dataclass
 class BlockTrace(BaseOutput):
     """One solved block.
@@ -76,15 +80,16 @@ class FlowSystem:
         self.condition = block.condition(class_labels)
         if self.condition is not None:
             self.condition = self.condition.expand(self.batch, -1, -1)
-        labelled = self.condition is not None and class_labels is not None
+        labelled = self.condition is not None and class_labels is not None and bool((class_labels >= 0).any())
         self.guidance = guidance if guidance.active and (labelled or guidance.temperature != 1.0) else None
         self.weaker = None if self.condition is None else block.condition(None).expand(self.batch, -1, -1)
 
     def new_caches(self) -> list[LayerCache]:
         rows = self.batch * (1 if self.guidance is None else 2)
-        weight = self.block.proj_in.weight
+        # Not the weight's device: an offloaded one is elsewhere until its layer runs.
+        dtype, device = self.block.proj_in.weight.dtype, self.latents.device
         shape = [(rows, layer.heads, self.length, layer.head_dim) for layer in self.block.layers]
-        zeros = [[torch.zeros(s, dtype=weight.dtype, device=weight.device) for _ in range(2)] for s in shape]
+        zeros = [[torch.zeros(s, dtype=dtype, device=device) for _ in range(2)] for s in shape]
         return [LayerCache(keys, values) for keys, values in zeros]
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:

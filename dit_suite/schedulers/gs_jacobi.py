@@ -17,7 +17,8 @@ the sequential solution.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -27,6 +28,7 @@ from dit_suite.models.tarflow import LayerCache, TarFlowBlock, TarFlowModel
 from dit_suite.schedulers.flow_system import (
     DIVERGED,
     BlockTrace,
+    FlowOverflow,
     FlowSystem,
     Watch,
     estimated_error,
@@ -228,19 +230,17 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = torch.zeros(0, dtype=torch.int64)
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """One step per block: `timesteps` are the block indices in sampling order, B - 1 .. 0.
+        """One step per block: `timesteps` are the block indices in sampling order, B - 1 .. 0."""
+        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
+
+    def strategy_of(self, block: int, num_blocks: int) -> BlockStrategy:
+        """How block `block` (in forward order) is solved.
 
         Raises:
             ValueError: the strategy is for another number of blocks.
         """
-        if self.strategies and len(self.strategies) != num_inference_steps:
-            raise ValueError(
-                f"the strategy lists {len(self.strategies)} blocks, but the model has {num_inference_steps}"
-            )
-        self.timesteps = torch.arange(num_inference_steps - 1, -1, -1, device=device)
-
-    def strategy_of(self, block: int, num_blocks: int) -> BlockStrategy:
-        """How block `block` (in forward order) is solved."""
+        if self.strategies and len(self.strategies) != num_blocks:
+            raise ValueError(f"the strategy lists {len(self.strategies)} blocks, but the model has {num_blocks}")
         return self.strategies[num_blocks - 1 - block] if self.strategies else BlockStrategy()
 
     def planned_calls(self, num_blocks: int, tokens: int) -> int:
@@ -275,32 +275,54 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
             should_stop: asked before every network call.
 
         Raises:
-            FloatingPointError: a sample overflowed even when solved sequentially.
+            FlowOverflow: a sample overflowed even when solved sequentially.
         """
         block, guidance = model_output, guidance or FlowGuidance()
         if strategy is None:
             strategy = self.strategy_of(int(timestep), len(self.strategies) or int(timestep) + 1)
-        system = FlowSystem(block, sample, class_labels, guidance)
         trace = BlockTrace(sample, block=int(timestep))
-        trace.sweeps = torch.zeros(system.batch, dtype=torch.int64, device=sample.device)
-        watch = Watch(progress, should_stop)
+        trace.sweeps = torch.zeros(len(sample), dtype=torch.int64, device=sample.device)
         limit = max(strategy.tolerance, self.config.tolerance) if tolerance is None else tolerance
-        if strategy.is_sequential(system.length):
-            found = solve_sequential(system, trace, watch)
-        else:
-            sweeper = _Sweeper(system, strategy, self.config.clamp, trace, watch)
-            _solve_modules(sweeper, strategy.calls(system.length), limit, self.config.stopping)
-            found = sweeper.found
-            if bool(sweeper.diverged.any()) and not trace.interrupted:
-                found = self._solve_again(block, sample, class_labels, guidance, sweeper, trace)
+        solver = partial(
+            self._solve_block,
+            guidance=guidance,
+            strategy=strategy,
+            limit=limit,
+            trace=trace,
+            watch=Watch(progress, should_stop),
+        )
+        # `forward` and not a call: offloading hooks sit there, while a compiled block must not trace a solver.
+        found = block.forward(sample, class_labels, solver)
         if not trace.interrupted and not bool(torch.isfinite(found).all()):
             wrong = (~torch.isfinite(found).flatten(1).all(dim=1)).nonzero().flatten().tolist()
-            raise FloatingPointError(
+            raise FlowOverflow(
                 f"block {int(timestep)} overflowed for sample(s) {', '.join(map(str, wrong))} of the batch; "
                 "lower the guidance scale or raise the attention temperature"
             )
-        trace.prev_sample = block.order(found)
+        trace.prev_sample = found
         return trace if return_dict else (trace.prev_sample,)
+
+    def _solve_block(
+        self,
+        block: TarFlowBlock,
+        sample: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        guidance: FlowGuidance,
+        strategy: BlockStrategy,
+        limit: float,
+        trace: BlockTrace,
+        watch: Watch,
+    ) -> torch.Tensor:
+        """The tokens in image order; runs inside the block's forward."""
+        system = FlowSystem(block, sample, class_labels, guidance)
+        if strategy.is_sequential(system.length):
+            return block.order(solve_sequential(system, trace, watch))
+        sweeper = _Sweeper(system, strategy, self.config.clamp, trace, watch)
+        _solve_modules(sweeper, strategy.calls(system.length), limit, self.config.stopping)
+        found = sweeper.found
+        if bool(sweeper.diverged.any()) and not trace.interrupted:
+            found = self._solve_again(block, sample, class_labels, guidance, sweeper, trace)
+        return block.order(found)
 
     def _solve_again(
         self,
@@ -311,12 +333,16 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         sweeper: _Sweeper,
         trace: BlockTrace,
     ) -> torch.Tensor:
-        """Solves the samples whose sweeps diverged sequentially; the others keep what they have."""
+        """Solves the samples whose sweeps diverged sequentially; the others keep what they have.
+
+        Progress is not told: its total is the planned calls, which the sweeps used up.
+        """
         index = sweeper.diverged.nonzero().flatten()
         labels = None if class_labels is None else class_labels.index_select(0, index)
         system = FlowSystem(block, sample.index_select(0, index), labels, guidance)
         trace.fallbacks = tuple(index.tolist())
-        return sweeper.found.index_copy(0, index, solve_sequential(system, trace, Watch()))
+        watch = replace(sweeper.watch, progress=ignore)
+        return sweeper.found.index_copy(0, index, solve_sequential(system, trace, watch))
 
 
 @dataclass(frozen=True)
@@ -338,7 +364,7 @@ def solve(
 
     The noise is scaled by the prior's standard deviation first; it is not modified.
     """
-    tokens = noise.float() * model.var.float().sqrt()
+    tokens = model.scale_noise(noise)
     count, run, traces = len(model.blocks), Run(), []
     scheduler.set_timesteps(count)
     for index, timestep in enumerate(scheduler.timesteps.tolist()):

@@ -6,7 +6,7 @@ much an error of each block grows on its way to the picture; take the fastest co
 worst picture is within the target, check it end to end, and tighten or loosen until it is the fastest that holds.
 "Holds" is judged by `floor`, which leaves room for pictures that are worse than any seen. A block whose sweeps lose
 stays sequential. The third part, unseen so far, tells what the plan is worth: it, the sequential sampler and the best
-fixed strategy are timed on it in turn, and the plan is taken only if it is the faster one.
+fixed strategies are timed on it in turn, and the plan is taken only if it is the fastest of them.
 """
 
 import math
@@ -22,11 +22,13 @@ import torch.nn.functional as F
 from dit_suite.models.tarflow import TarFlowBlock, TarFlowModel
 from dit_suite.schedulers.flow_system import FlowSystem, estimated_error, first_iterate
 from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler, solve
-from dit_suite.schedulers.tarflow_metrics import flow_metrics
+from dit_suite.schedulers.tarflow_metrics import FlowMetrics, flow_metrics
 from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
 
 MAX_SWEEPS = 8
 TOLERANCES = (0.05, 0.03, 0.02, 0.014, 0.01, 0.007, 0.005, 0.0035, 0.0025)
+MODULES = (4, 8, 16)
+TOUGH = 2.0
 HOPELESS = 0.1
 GAIN_ROWS = 8
 GAIN_SWEEPS = 4
@@ -69,7 +71,8 @@ class Plan:
         psnr: `(samples,)` dB against the sequential pictures, end to end, on samples that chose nothing.
         chosen_by: worst PSNR, and `floor`, on the samples that it was chosen by.
         metrics: IGM, CRM share and error gain per block.
-        fixed: rows "the same sweeps for every block"; the last one is the best fixed strategy, timed like the plan.
+        fixed: rows "the same sweeps for every block"; the last one is the fastest of those that were timed like the
+            plan (one per kind of guess).
     """
 
     strategies: tuple[BlockStrategy, ...]
@@ -124,7 +127,7 @@ def calibrate(
 ) -> Calibration:
     """Solves `noise` (batch, tokens, token_dim) sequentially and keeps every state."""
     solution = solve(model, noise, class_labels, GSJacobiScheduler(), guidance)
-    first = noise.float() * model.var.float().sqrt()
+    first = model.scale_noise(noise)
     return Calibration((first, *(trace.tokens for trace in solution.blocks)), class_labels)
 
 
@@ -154,6 +157,12 @@ def fit_guesses(model: TarFlowModel, calibration: Calibration, kernel: int = 3, 
         block.guess.weight.data = weights[:-1].T.reshape(block.guess.weight.shape).contiguous()
         block.guess.bias.data = weights[-1].contiguous()
     return fitted.eval()
+
+
+def tough_blocks(metrics: FlowMetrics) -> set[int]:
+    """Sampling indices of the blocks for which modules may pay: twice the mean share of the summed CRM, or the most."""
+    share = metrics.crm_share.flip(0)
+    return {int(share.argmax()), *(share > TOUGH * 100.0 / len(share)).nonzero().flatten().tolist()}
 
 
 def _rms(error: torch.Tensor) -> torch.Tensor:
@@ -241,11 +250,22 @@ class Planner:
             found.append(Candidate(strategy, error, seconds))
         return found
 
-    def candidates(self, index: int, guess: str) -> list[Candidate]:
+    def _gauss_seidel(self, index: int, guess: str, modules: int, limit: float) -> list[Candidate]:
+        """That many modules with tolerances from the loosest on, as long as they are faster than `limit`."""
+        length, found = -(-self.model.num_tokens // modules), []
+        for tolerance in TOLERANCES:
+            strategy = BlockStrategy(modules, length, guess, tolerance)
+            if self._seconds(index, strategy) >= limit:
+                break
+            found.append(self._candidate(index, strategy))
+        return found
+
+    def candidates(self, index: int, guess: str, modules: tuple[int, ...] = ()) -> list[Candidate]:
         """Measured ways to solve sampling block `index` that beat the sequential loop, which comes first.
 
         Args:
             guess: the better of the paper's guesses (by IGM), tried beside the linear one.
+            modules: numbers of modules to try with Gauss-Seidel, from the first of these guesses.
         """
         baseline = self._candidate(index, BlockStrategy())
         guesses = ["linear", guess] if self.model.config.guess_kernel else [guess]
@@ -253,6 +273,9 @@ class Planner:
         for name in guesses:
             first = [float(c.errors.mean()) for c in found if c.strategy.sweeps == 1 and c is not baseline]
             found += self._jacobi(index, name, baseline.seconds, worse_than=min(first, default=math.inf))
+        for count in modules:
+            if count < self.model.num_tokens:
+                found += self._gauss_seidel(index, guesses[0], count, baseline.seconds)
         return [baseline, *(each for each in found[1:] if each.seconds < baseline.seconds)]
 
     def gains(self) -> list[float]:
@@ -289,8 +312,10 @@ class Planner:
         tokens = self._invert(strategies, data, 1 if strategies[0] == BlockStrategy() else 0)
         return psnr(self.model.unpatchify(tokens), self.model.unpatchify(data.states[-1]))
 
-    def fixed_strategies(self, guesses: list[str], target_psnr: float) -> list[tuple[tuple[BlockStrategy, ...], dict]]:
-        """The first sampled block sequential, the others M sweeps from the paper's guess, for M = 1, 2, ...
+    def fixed_strategies(
+        self, name: str, guesses: list[str], target_psnr: float
+    ) -> list[tuple[tuple[BlockStrategy, ...], dict]]:
+        """The first sampled block sequential, the others M sweeps from their `guesses`, for M = 1, 2, ...
 
         The last one is the first that reaches the target. Those that miss it on a few pictures are measured on these.
         """
@@ -300,7 +325,7 @@ class Planner:
             values = self.check(strategies, self.held_out.rows(slice(0, FEW)))
             if float(values.min()) >= target_psnr:
                 values = self.check(strategies)
-            rows.append((strategies, {"sweeps": sweeps, "samples": len(values), **_worst(values)}))
+            rows.append((strategies, {"guess": name, "sweeps": sweeps, "samples": len(values), **_worst(values)}))
             self.say(f"fixed: {rows[-1][1]}")
             if floor(values) >= target_psnr:
                 break
@@ -316,11 +341,11 @@ class Planner:
                 spent.append(_timed(partial(self._invert, strategies, data)))
         return [statistics.median(values) for values in times]
 
-    def measure(self, guesses: list[str], gains: list[float]) -> list[list[Candidate]]:
-        """The candidates of every block."""
+    def measure(self, guesses: list[str], gains: list[float], tough: set[int]) -> list[list[Candidate]]:
+        """The candidates of every block; `tough` are the sampling indices for which modules are tried."""
         table = []
         for index, gain in enumerate(gains):
-            table.append(self.candidates(index, guesses[index]))
+            table.append(self.candidates(index, guesses[index], modules=MODULES if index in tough else ()))
             for each in table[-1]:
                 self.say(
                     f"block {len(gains) - 1 - index} gain {gain:.2f} {each.strategy} rms mean "
@@ -362,16 +387,27 @@ class Planner:
         """
         metrics = flow_metrics(self.model, self.model.unpatchify(self.held_out.states[-1]))
         guesses, gains = metrics.guesses(), self.gains()
-        strategies, values = self.search(self.measure(guesses, gains), gains, target_psnr, max_seconds)
-        fixed = self.fixed_strategies(guesses, target_psnr)
-        sequential, seconds, fixed_seconds = self.race([(BlockStrategy(),) * len(gains), strategies, fixed[-1][0]])
-        rows = [row for _, row in fixed]
-        rows[-1]["seconds"] = round(fixed_seconds, 4)
-        self.say(f"seconds: sequential {sequential:.3f}, planned {seconds:.3f}, best fixed {fixed_seconds:.3f}")
-        if max_seconds is None and fixed_seconds < seconds:
-            found = self.check(fixed[-1][0])
-            if floor(found) >= target_psnr:
-                strategies, seconds, values = fixed[-1][0], fixed_seconds, found
+        table = self.measure(guesses, gains, tough_blocks(metrics))
+        strategies, values = self.search(table, gains, target_psnr, max_seconds)
+        kinds = {"paper": guesses} | ({"linear": ["linear"] * len(gains)} if self.model.config.guess_kernel else {})
+        fixed = [self.fixed_strategies(name, kind, target_psnr) for name, kind in kinds.items()]
+        plain = (BlockStrategy(),) * len(gains)
+        sequential, seconds, *others = self.race([plain, strategies, *(rows[-1][0] for rows in fixed)])
+        for spent, rows in zip(others, fixed, strict=True):
+            rows[-1][1]["seconds"] = round(spent, 4)
+        fixed.sort(key=lambda rows: -rows[-1][1]["seconds"])
+        rows = [row for kind in fixed for _, row in kind]
+        self.say(f"seconds: sequential {sequential:.3f}, planned {seconds:.3f}, best fixed {min(others):.3f}")
+        rivals = [(sequential, plain)]
+        if max_seconds is None:
+            rivals += [(kind[-1][1]["seconds"], kind[-1][0]) for kind in fixed]
+        for spent, rival in sorted(rivals, key=lambda each: each[0]):
+            if spent >= seconds:
+                break
+            found = self.check(rival)
+            if rival == plain or floor(found) >= target_psnr:
+                strategies, seconds, values = rival, spent, found
+                break
         return Plan(
             strategies=strategies,
             seconds=seconds,

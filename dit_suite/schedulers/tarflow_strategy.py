@@ -1,5 +1,6 @@
 """How a TarFlow block is solved and how a flow is guided: plain data for scheduler, planner and pipeline."""
 
+import math
 from dataclasses import dataclass
 
 GUESSES = ("latent", "zero", "linear")
@@ -55,6 +56,8 @@ class BlockStrategy:
             raise ValueError(f"modules must be 0 or more and sweeps 1 or more, got {self.modules} and {self.sweeps}")
         if self.guess not in GUESSES:
             raise ValueError(f"guess must be one of {', '.join(GUESSES)}, got {self.guess!r}")
+        if math.isnan(self.tolerance):
+            raise ValueError("a block's tolerance must be a number, got nan")
 
     def is_sequential(self, tokens: int) -> bool:
         return self.modules == 0 or self.modules >= tokens

@@ -4,6 +4,7 @@ An objective is an `Options` dataclass with `loss(model, batch) -> ObjectiveResu
 its short name or by `module:Class`. Everything random comes from `batch.draws`. x0 is a clean sample, n standard noise.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,8 +47,13 @@ class ObjectiveResult:
 
 
 class Objective(Protocol):
-    """What the trainer needs. An objective may also have `learned_weighting()`, which returns a module that makes a
-    scalar of losses and timesteps with parameters of its own, or None."""
+    """What the trainer needs. An objective may also have
+
+    - `learned_weighting()`: a module that makes a scalar of losses and timesteps with parameters of its own, or None;
+    - `check_network(network)`: raises `ValueError` before the first step for a network that it does not fit;
+    - `observe(network, result)`: a tensor, or None. Its mean over the global batch goes to `after_step(network, mean)`
+      when the optimizer has stepped.
+    """
 
     def loss(self, model: Callable[..., Any], batch: TrainingBatch) -> ObjectiveResult:
         """Runs the network once (or more) and returns the loss of every sample."""
@@ -395,14 +401,41 @@ class FlowNLL(Options):
     noise: str = option("gaussian", "added to the pixels", choices=("gaussian", "uniform"))
     noise_std: float = option(0.05, "standard deviation of the Gaussian, in units of [-1, 1] pixels", minimum=0.0)
 
+    def check_network(self, network: torch.nn.Module) -> None:
+        """The network's `noise_std` is what its score step removes from samples: it must be what is added here.
+
+        Raises:
+            ValueError: it is not.
+        """
+        added = self.noise_std if self.noise == "gaussian" else 0.0
+        removed = network.config.get("noise_std", added)
+        if not math.isclose(added, removed):
+            raise ValueError(
+                f"flow_nll adds Gaussian noise of standard deviation {added:g}, but the model's noise_std is "
+                f"{removed:g}: they must be equal (0 for uniform noise)"
+            )
+
+    def observe(self, network: torch.nn.Module, result: ObjectiveResult) -> torch.Tensor | None:
+        """mean(z^2) over the batch, `(tokens, token_dim)`, where the variance of the prior is learned."""
+        if not network.config.get("volume_preserving", False):
+            return None
+        return result.prediction[0].detach().float().square().mean(dim=0)
+
+    def after_step(self, network: torch.nn.Module, mean_square: torch.Tensor) -> None:
+        """Moves the prior of a volume-preserving flow."""
+        network.update_prior(mean_square)
+
     def loss(self, model: Callable[..., Any], batch: TrainingBatch) -> ObjectiveResult:
-        x0 = batch.samples
+        x0, precision = batch.samples, contextlib.nullcontext()
         if self.noise == "gaussian":
             noisy = x0 + self.noise_std * batch.draws.normal(Stream.NOISE, x0.shape[1:])
         else:
-            grey = ((x0 + 1.0) * 127.5).round()
+            # Exact likelihoods: half precision would see coarser steps than 1/128.
+            grey = ((x0.float() + 1.0) * 127.5).round()
             noisy = (grey + batch.draws.uniform(Stream.NOISE, x0.shape[1:])) / 128.0 - 1.0
-        output = model(noisy, **batch.condition)
+            precision = torch.autocast(x0.device.type, enabled=False)
+        with precision:
+            output = model(noisy, **batch.condition)
         latents, logdet = output[0], output[1]
         mean_square = mean_per_sample(latents.square())
         return ObjectiveResult(flow_nll(latents, logdet), None, output, {"latent_mean_square": mean_square})

@@ -68,6 +68,8 @@ class Trainer:
         self.source = open_source(config.data)
         self.config = config = config.with_classes(self.source.num_classes)
         bare = build_network(config)
+        if hasattr(self.objective, "check_network"):
+            self.objective.check_network(bare)
         self.auxiliary = None
         if config.auxiliary is not None:
             self.auxiliary = objective_class(config.auxiliary.name).from_dict(dict(config.auxiliary.options))
@@ -151,6 +153,13 @@ class Trainer:
             with self.module.no_sync():
                 yield
 
+    def _observed(self, result: ObjectiveResult) -> list[torch.Tensor]:
+        """What the objective wants to know of a micro-batch, in a list; empty if it is nothing."""
+        if not hasattr(self.objective, "observe"):
+            return []
+        value = self.objective.observe(self.bare, result)
+        return [] if value is None else [value]
+
     def step(self, step: int, total: int) -> dict[str, torch.Tensor]:
         """One optimizer step; returns scalars of this process."""
         run = self.config.run
@@ -159,11 +168,13 @@ class Trainer:
             group["lr"] = group.get("constant_lr", rate)
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, torch.Tensor] = {}
+        observed: list[torch.Tensor] = []
         for micro in range(run.accumulation):
             torch.manual_seed((run.seed * 1_000_003 + step * 64 + micro) * 4096 + self.accelerator.process_index)
             with self._without_sync(micro == run.accumulation - 1):
-                loss, _, parts = self.loss(self.network, self.batch(step, self.positions(micro)))
+                loss, result, parts = self.loss(self.network, self.batch(step, self.positions(micro)))
                 (loss / run.accumulation).backward()
+            observed += self._observed(result)
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + value.float() / run.accumulation
         limit = self.config.optimizer.clip or float("inf")
@@ -173,6 +184,9 @@ class Trainer:
             shared = self.weighting.log_variance.grad
             shared.copy_(self.accelerator.reduce(shared, reduction="mean"))
         self.optimizer.step()
+        if observed:
+            mean = self.accelerator.reduce(torch.stack(observed).mean(dim=0), reduction="mean")
+            self.objective.after_step(self.bare, mean)
         if self.ema is not None:
             self.ema.step(self.bare.parameters())
         return sums

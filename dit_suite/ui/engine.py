@@ -9,7 +9,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,27 @@ class CallCounter:
 
 
 class StopFlag:
-    """A stop request that the sampling loop sees at its next step; a parent's request counts too."""
+    """A stop request that the sampling loop sees at its next step, or earlier; a parent's request counts too."""
 
     def __init__(self, parent: "StopFlag | None" = None) -> None:
         self._event = threading.Event()
         self._parent = parent
+        self._listeners: list[Callable[[], None]] = []
 
     def set(self) -> None:
         self._event.set()
+        for listener in list(self._listeners):
+            listener()
+
+    @contextmanager
+    def calling(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Within this block a stop request calls `listener` at once, in the thread that makes the request."""
+        self._listeners.append(listener)
+        try:
+            with nullcontext() if self._parent is None else self._parent.calling(listener):
+                yield
+        finally:
+            self._listeners.remove(listener)
 
     def is_set(self) -> bool:
         return self._event.is_set() or (self._parent is not None and self._parent.is_set())
@@ -265,9 +279,13 @@ class Engine:
             events.put(Progress(index, count, step + 1, pipe.num_timesteps, preview))
             return {}
 
+        def interrupt() -> None:
+            pipe._interrupt = True
+
         if stop.is_set():
             return np.empty(0)
-        return sample_batch(pipe, job, [index], on_step=on_step)[0]
+        with stop.calling(interrupt):
+            return sample_batch(pipe, job, [index], on_step=on_step)[0]
 
 
 def _next_event(events: queue.Queue) -> Any:

@@ -135,7 +135,7 @@ def test_volume_preserving_flow():
     model, image = tiny_model(volume_preserving=True, num_classes=0), images(5)
     result = model(image)
     assert torch.equal(result.logdet, torch.zeros(5))
-    model.update_prior(result.latents)
+    model.update_prior(result.latents.square().mean(0))
     expected = 0.9 + 0.1 * result.latents.square().mean(0)
     torch.testing.assert_close(model.var, expected)
 
@@ -235,6 +235,13 @@ def test_converter_is_strict():
         converter.build_model(state, {**given, "num_classes": 7})
     with pytest.raises(ConversionError, match="not a TarFlow"):
         converter.build_model({"weight": torch.zeros(1)})
+    for lost, named in (
+        ("blocks.0.pos_embed", "pos_embed"),
+        ("blocks.0.proj_out.weight", "proj_out.weight"),
+        ("blocks.1.attn_blocks", "attn_blocks of block 1"),
+    ):
+        with pytest.raises(ConversionError, match=f"{named} is missing"):
+            converter.build_model({k: v for k, v in state.items() if not k.startswith(lost)}, given)
 
 
 def test_converter_reads_official_files_and_shards(tmp_path):
@@ -245,6 +252,12 @@ def test_converter_reads_official_files_and_shards(tmp_path):
     assert original == {"noise_std": 0.07} and all(torch.equal(read[k], state[k]) for k in state)
     pipe = converter.convert(official, argparse.Namespace(head_dim=16, noise_std=None, in_channels=None))
     assert pipe.transformer.config.noise_std == 0.07 and pipe.transformer.config.head_dim == 16
+    renamed = official.rename(tmp_path / "flow.pth")
+    flags = argparse.Namespace(head_dim=16, noise_std=None, in_channels=None)
+    with pytest.raises(ConversionError, match="flow.pth, which the score step .* --noise-std"):
+        converter.convert(renamed, flags)
+    flags.noise_std = 0.0
+    assert converter.convert(renamed, flags).transformer.config.noise_std == 0.0
     model = load_model(*read_fixture(GOLDEN / "tarflow_cond.safetensors"))
     image = torch.zeros(1, 3, 8, 8)
     assert torch.equal(pipe.transformer(image).latents, model(image).latents)

@@ -7,6 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.hooks import apply_group_offloading
 
 from dit_suite import load_pipeline
 from dit_suite.call_options import TarFlowOptions
@@ -51,6 +54,38 @@ def test_guidance_reaches_the_solver():
     assert np.abs(plain - guided).max() > 1e-3
     assert np.array_equal(plain, run(pipe, strategy="sequential", guidance_scale=1.0, annealed_guidance=False))
     np.testing.assert_allclose(run(pipe, strategy="jacobi", sweeps=9, guidance_scale=2.0), guided, atol=5e-5)
+
+
+def test_guidance_without_a_class_costs_nothing():
+    """ "No class" is the weaker branch itself; beside a sample with a class it is left as it is."""
+    pipe, rows = tiny_pipe(), []
+    plain = run(pipe, (None, None), strategy="jacobi", sweeps=2, denoise_strength=0.0)
+    pipe.transformer.blocks[0].proj_in.register_forward_pre_hook(lambda m, a: rows.append(a[0].shape[0]))
+    given = {"strategy": "jacobi", "sweeps": 2, "denoise_strength": 0.0, "guidance_scale": 3.0}
+    assert np.array_equal(run(pipe, (None, None), **given), plain)
+    assert rows == [2, 2]
+    mixed = run(pipe, (None, 1), **given)
+    assert rows == [2, 2, 4, 4]
+    np.testing.assert_allclose(mixed[0], plain[0], atol=1e-5)
+
+
+def test_first_guess_of_fixed_strategies():
+    pipe, given = linear_pipe(), {"strategy": "jacobi", "denoise_strength": 0.0}
+    found = {guess: run(pipe, sweeps=1, guess=guess, **given) for guess in ("latent", "zero", "linear")}
+    assert np.array_equal(found["latent"], run(pipe, sweeps=1, **given))
+    assert min(np.abs(found["latent"] - found[guess]).max() for guess in ("zero", "linear")) > 1e-3
+    exact = run(pipe, strategy="sequential", denoise_strength=0.0)
+    np.testing.assert_allclose(run(pipe, sweeps=9, guess="linear", **given), exact, atol=2e-5)
+
+
+def test_the_score_step_in_parts_is_the_score_step():
+    """18 rows are two parts."""
+    pipe = tiny_pipe()
+    sample = torch.randn(18, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(18) % 3
+    found = pipe.denoise(sample, labels, 0.7)
+    torch.testing.assert_close(found, pipe.transformer.denoise(sample, labels, 0.7), atol=1e-6, rtol=0)
+    assert (found - sample).abs().amax(dim=(1, 2, 3)).min() > 1e-4
 
 
 def test_a_sample_is_a_function_of_its_generator_alone():
@@ -158,6 +193,8 @@ def test_given_latents():
         ({"strategy": "fast"}, "strategy must be one of"),
         ({"sweeps": 0}, "at least 1"),
         ({"tolerance": -1.0}, "tolerance"),
+        ({"guess": "best"}, "guess must be one of latent, zero, linear"),
+        ({"guess": "linear", "strategy": "jacobi"}, "guess_kernel is 0"),
         ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1"),
         ({"latents": torch.zeros(1, 3, 8, 8)}, r"shape \(1, 3, 6, 6\)"),
         ({"output_type": "jpg"}, "output_type"),
@@ -173,6 +210,23 @@ def test_bad_input_is_one_sentence_before_any_work(given, message):
     with pytest.raises(ValueError, match=message) as caught:
         pipe(**{"class_labels": [0], **given})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (GSJacobiScheduler([1] * 3, [2] * 3, ["latent", "linear", "zero"]), "plan_tarflow"),
+        (GSJacobiScheduler([1] * 4, [2] * 4), "lists 4 blocks, but the model has 3"),
+    ],
+)
+def test_a_strategy_that_does_not_fit_is_refused_before_any_work_and_only_if_it_is_used(scheduler, message):
+    pipe = tiny_pipe(scheduler)
+    wanted = run(tiny_pipe(), strategy="sequential")
+    assert np.array_equal(run(pipe, strategy="sequential"), wanted)
+    assert np.array_equal(run(pipe, strategy="jacobi", sweeps=2), run(tiny_pipe(), strategy="jacobi", sweeps=2))
+    pipe.transformer.blocks[2].proj_in.register_forward_pre_hook(lambda m, a: pytest.fail("the network ran"))
+    with pytest.raises(ValueError, match=message):
+        pipe([0])
 
 
 def test_options_are_arguments_of_the_call():
@@ -201,6 +255,74 @@ def test_save_and_load_in_a_new_process_gives_the_same_picture(tmp_path):
     assert np.array_equal(np.load(target), wanted)
 
 
+def linear_pipe() -> TarFlowPipeline:
+    """Starts its sweeps from a random linear guess."""
+    strategies = ([0, 1, 3], [1, 3, 2], ["latent", "linear", "linear"])
+    pipe = tiny_pipe(GSJacobiScheduler(*strategies), guess_kernel=3)
+    for block in pipe.transformer.blocks:
+        torch.nn.init.normal_(block.guess.weight, std=0.1)
+    return pipe
+
+
+def test_offloading_every_layer_changes_nothing():
+    """Weights lie on the meta device except while a forward uses them: whatever no hook sees would fail."""
+    pipe = linear_pipe()
+    wanted, guided = run(pipe), run(pipe, guidance_scale=2.0)
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {"meta"}
+    np.testing.assert_allclose(run(pipe), wanted, atol=1e-6)
+    np.testing.assert_allclose(run(pipe, guidance_scale=2.0), guided, atol=1e-6)
+    assert {parameter.device.type for parameter in pipe.transformer.parameters()} == {"meta"}
+
+
+def test_offloading_the_model_loads_it_before_the_first_block():
+    pipe, events = linear_pipe(), []
+
+    class Loads(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            events.append("model")
+            return args, kwargs
+
+    add_hook_to_module(pipe.transformer, Loads())
+    handle = pipe.transformer.blocks[2].proj_in.register_forward_pre_hook(lambda m, a: events.append("block"))
+    pipe([0], denoise_strength=0.0)
+    handle.remove()
+    assert events == ["model"] + ["block"] * 8
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_offloading_groups_to_the_disk_changes_nothing(tmp_path, offload_type):
+    """What is offloaded is emptied, so that a network call outside of the hooks would use rubbish."""
+    pipe = linear_pipe()
+    pipe.transformer.requires_grad_(True)
+    wanted = run(pipe)
+    apply_group_offloading(
+        pipe.transformer, torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1,
+        offload_to_disk_path=str(tmp_path),
+    )  # fmt: skip
+    for block in pipe.transformer.blocks:
+        block.pos_embed.data.fill_(float("nan"))
+    np.testing.assert_allclose(run(pipe), wanted, atol=1e-6)
+
+
+def test_default_call_in_inference_mode():
+    pipe = linear_pipe()
+    pipe.transformer.requires_grad_(True)
+    wanted = run(pipe)
+    with torch.inference_mode():
+        np.testing.assert_allclose(run(pipe), wanted, atol=1e-6)
+
+
+def test_layerwise_casting_keeps_the_linear_guess():
+    """The first guess is cheap and read outside of a layer's forward: it stays in float32."""
+    pipe = linear_pipe()
+    wanted = run(pipe, denoise_strength=0.0)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert pipe.transformer.blocks[0].layers[0].to_qkv.weight.dtype == torch.float8_e4m3fn
+    found = run(pipe, denoise_strength=0.0)
+    assert 1e-5 < np.abs(found - wanted).max() < 0.1
+
+
 @pytest.fixture(scope="module")
 def bundle():
     pipe = load_pipeline("emoji-tarflow-64")
@@ -222,6 +344,16 @@ def test_bundle_gauss_seidel_run_to_the_end_equals_sequential(bundle, index, tol
     with torch.no_grad():
         for solution in (found, exact):
             torch.testing.assert_close(block(solution, labels)[0], noise, atol=1e-3, rtol=0)
+
+
+def test_bundle_jacobi_until_it_comes_to_rest_equals_sequential(bundle):
+    """255 sweeps at most, which would take 17 s; an easy block comes to rest long before."""
+    block, labels = bundle.transformer.blocks[2], torch.tensor([30])
+    noise = torch.randn(1, 256, 48, generator=torch.Generator().manual_seed(0))
+    exact = GSJacobiScheduler().step(block, 2, noise, labels).tokens
+    trace = GSJacobiScheduler().step(block, 2, noise, labels, strategy=BlockStrategy(1, 255, tolerance=1e-6))
+    torch.testing.assert_close(trace.tokens, exact, atol=1e-4, rtol=0)
+    assert trace.calls < 60
 
 
 def test_bundle_plan_keeps_the_picture_and_saves_most_calls(bundle):

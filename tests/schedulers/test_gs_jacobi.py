@@ -139,17 +139,24 @@ def test_samples_stop_alone_and_do_not_influence_each_other(modules, guidance):
         assert [int(t.sweeps[0]) for t in alone.blocks] == sweeps[:, i].tolist()
 
 
-def test_finished_samples_leave_the_batch():
-    model = tiny_model(spread=0.3)
+@pytest.mark.parametrize("modules", [1, 2])
+def test_finished_samples_leave_the_batch(modules):
+    """And come back for the next module."""
+    model, sizes = tiny_model(spread=0.3), {0: [], 1: [], 2: []}
     z = noise(4)
-    z[1:] *= 0.01
-    sizes = []
-    block = model.blocks[0]
-    handle = block.proj_in.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[0]))
-    GSJacobiScheduler(tolerance=1e-3).step(block, 0, z, LABELS, strategy=BlockStrategy(1, 12))
-    handle.remove()
-    assert sizes[0] == 4 and sizes[-1] < 4
-    assert sizes == sorted(sizes, reverse=True)
+    z[1] *= 0.01
+    for index, block in enumerate(model.blocks):
+        block.proj_in.register_forward_pre_hook(lambda module, args, own=sizes[index]: own.append(args[0].shape[0]))
+    solution = solve(model, z, LABELS, GSJacobiScheduler([modules] * 3, [12] * 3, tolerance=1e-3))
+    smaller = 0
+    for trace in solution.blocks:
+        own = sizes[trace.block]
+        assert len(own) == trace.calls and sum(own) == int(trace.sweeps.sum())
+        for module in range(modules):
+            part = [size for size, number in zip(own, trace.modules, strict=True) if number == module]
+            assert part[0] == 4 and part == sorted(part, reverse=True)
+            smaller += part[-1] < 4
+    assert smaller
 
 
 def test_pooled_stopping_depends_on_the_batch_but_sample_stopping_does_not():
@@ -244,6 +251,33 @@ def test_interruption_stops_before_the_next_call():
     assert trace.interrupted and trace.calls == 3
 
 
+def test_interruption_between_the_sweeps_of_a_module():
+    """Three modules of 4 sweeps, stopped before the sixth: the later modules still hold their first guess."""
+    model, z, seen = tiny_model(), noise(2), []
+    trace = GSJacobiScheduler().step(
+        model.blocks[0], 0, z, strategy=BlockStrategy(3, 4), progress=seen.append, should_stop=lambda: len(seen) == 5
+    )
+    assert trace.interrupted and trace.calls == 5 and trace.modules == [0, 0, 0, 0, 1]
+    assert torch.equal(trace.tokens[:, 7:], z[:, 7:]) and not torch.equal(trace.tokens[:, 4:6], z[:, 4:6])
+
+
+def test_interruption_of_the_sequential_fallback():
+    """All sweeps run, one sample diverges, and its sequential solution is stopped after two calls of eight."""
+    model, huge, asked = tiny_model(volume_preserving=True), noise(3), []
+    huge[1, 4, 0] = 5e6
+
+    def stop() -> bool:
+        asked.append(None)
+        return len(asked) > 6 + 2
+
+    done = []
+    trace = GSJacobiScheduler().step(
+        model.blocks[0], 0, huge, LABELS[:3], strategy=BlockStrategy(3, 2), progress=done.append, should_stop=stop
+    )
+    assert trace.fallbacks == (1,) and trace.interrupted and trace.calls == 6 + 2
+    assert sum(done) == 6
+
+
 def test_scheduler_config_round_trip(tmp_path):
     scheduler = GSJacobiScheduler([0, 1, 4], [1, 2, 3], ["latent", "linear", "zero"], [-1.0, 0.02, 0.1], tolerance=0.01)
     scheduler.save_pretrained(tmp_path)
@@ -257,9 +291,11 @@ def test_bad_strategies_are_refused():
     with pytest.raises(ValueError, match="one length"):
         GSJacobiScheduler([1, 1], [2])
     with pytest.raises(ValueError, match="3 blocks"):
-        GSJacobiScheduler([1, 1, 1]).set_timesteps(4)
+        solve(tiny_model(num_blocks=4), noise(1), None, GSJacobiScheduler([1, 1, 1]))
     with pytest.raises(ValueError, match="sweeps 1 or more"):
         BlockStrategy(1, 0)
+    with pytest.raises(ValueError, match="tolerance must be a number"):
+        GSJacobiScheduler([1], tolerances=[float("nan")])
     with pytest.raises(ValueError, match="letters a and b"):
         FlowGuidance(1.0, "ac")
     with pytest.raises(ValueError, match="plan_tarflow"):

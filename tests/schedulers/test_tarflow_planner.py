@@ -1,13 +1,27 @@
 """The planner: fitted guesses, the choice among measured candidates, and the command end to end."""
 
+import math
+
 import pytest
 import torch
 
 from dit_suite import load_pipeline, sample_generators
+from dit_suite.compact_weights import save_compact
 from dit_suite.pipelines.pipeline_tarflow import TarFlowPipeline
 from dit_suite.schedulers.gs_jacobi import BlockStrategy, FlowGuidance, GSJacobiScheduler
-from dit_suite.schedulers.tarflow_planner import Candidate, Planner, calibrate, choose, fit_guesses, floor, psnr
-from scripts.plan_tarflow import main
+from dit_suite.schedulers.tarflow_metrics import FlowMetrics
+from dit_suite.schedulers.tarflow_planner import (
+    TOLERANCES,
+    Candidate,
+    Planner,
+    calibrate,
+    choose,
+    fit_guesses,
+    floor,
+    psnr,
+    tough_blocks,
+)
+from scripts.plan_tarflow import main, stored_dtype
 from tests.models.test_tarflow import tiny_model
 
 
@@ -79,6 +93,65 @@ def test_plan_meets_its_target_and_beats_the_sequential_sampler():
     torch.testing.assert_close(planner.check((BlockStrategy(),) * 3), torch.full((8,), 120.0), atol=30.0, rtol=0)
 
 
+def test_modules_are_tried_for_the_blocks_with_the_most_crm():
+    parts = torch.zeros(5, 4)
+    parts[:, 3] = torch.tensor([50.0, 5.0, 0.0, 4.0, 41.0])
+    assert tough_blocks(FlowMetrics(torch.zeros(5, 2), parts)) == {0, 4}
+    parts[:, 3] = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.1])
+    assert tough_blocks(FlowMetrics(torch.zeros(5, 2), parts)) == {0}
+
+
+def test_module_candidates_reach_their_tolerances_while_they_are_fast_enough():
+    model = tiny_model()
+    data = calibration(model, 6)
+    planner = Planner(model, data.rows(slice(0, 4)), data.rows(slice(4, 6)), FlowGuidance(), batch_size=2, repeats=1)
+    found = planner._gauss_seidel(1, "zero", 2, limit=math.inf)
+    assert [each.strategy for each in found] == [BlockStrategy(2, 5, "zero", t) for t in TOLERANCES]
+    assert all(float(each.errors.max()) < 2 * t for each, t in zip(found, TOLERANCES, strict=True))
+    assert float(found[0].errors.max()) > float(found[-1].errors.max())
+    assert planner._gauss_seidel(1, "zero", 4, limit=0.0) == []
+    offered = {each.strategy.modules for each in planner.candidates(1, "zero", modules=(4, 16))}
+    assert offered <= {0, 1, 4}
+
+
+class Raced(Planner):
+    """A planner whose race has known results: sequential, plan, fixed with the paper's guess, fixed with the linear."""
+
+    times = (1.0, 2.0, 4.0, 3.0)
+
+    def race(self, rivals):
+        assert len(rivals) == len(self.times) and rivals[0] == (BlockStrategy(),) * 3
+        return list(self.times)
+
+
+def test_the_plan_must_be_faster_than_the_sequential_and_the_fixed_ways():
+    model = tiny_model(spread=0.1)
+    data = calibration(model, 12)
+    model = fit_guesses(model, data.rows(slice(4, None)))
+    given = (model, data.rows(slice(0, 2)), data.rows(slice(2, 4)), FlowGuidance(), 2, 1)
+    plan = Raced(*given).plan(target_psnr=40.0)
+    assert plan.strategies == (BlockStrategy(),) * 3 and plan.seconds == 1.0
+    assert {row["guess"] for row in plan.fixed} == {"paper", "linear"}
+    assert plan.fixed[-1]["guess"] == "linear" and plan.fixed[-1]["seconds"] == 3.0
+
+    class FixedWins(Raced):
+        times = (9.0, 2.0, 4.0, 1.5)
+
+    plan = FixedWins(*given).plan(target_psnr=40.0)
+    assert plan.seconds == 1.5 and plan.strategies[0] == BlockStrategy()
+    assert {each.guess for each in plan.strategies[1:]} == {"linear"}
+
+
+def test_the_dtype_on_the_disk(tmp_path):
+    model = tiny_model(in_channels=3)
+    save_compact(model, tmp_path / "small" / "transformer")
+    assert stored_dtype(tmp_path / "small") == torch.float16
+    model.save_pretrained(tmp_path / "usual" / "transformer")
+    assert stored_dtype(tmp_path / "usual") == torch.float32
+    with pytest.raises(ValueError, match="no floating-point weights"):
+        stored_dtype(tmp_path / "small" / "none")
+
+
 def test_nothing_that_misses_the_target_is_chosen():
     """Every candidate is predicted exact but is not: the sequential loop remains."""
     model = tiny_model()
@@ -108,3 +181,5 @@ def test_command_writes_a_checkpoint_that_samples_by_its_plan(tmp_path, capsys):
     assert float(psnr(fast * 2 - 1, exact * 2 - 1)) > 30
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err
+    assert main([str(output), str(tmp_path / "again"), "--kernel", "5", "--device", "cpu"]) == 2
+    assert "has a linear guess already (guess_kernel 3)" in capsys.readouterr().err

@@ -156,9 +156,22 @@ def test_bits_per_dimension_of_samples_under_a_flow(model, tmp_path, capsys):
     np.savez(tmp_path / "pictures.npz", arr_0=pictures)
     expected = bits_per_dim(flow.transformer, list(pictures)).mean
     samples = ["--samples", str(tmp_path / "pictures.npz"), "--features", "random-conv", "--device", "cpu"]
-    assert main([*samples, "--bpd", str(tmp_path / "flow")]) == 0
+    bpd = ["--bpd", str(tmp_path / "flow")]
+    assert main([*samples, *bpd, "--save-statistics", str(tmp_path / "statistics.npz")]) == 0
     line = json.loads(capsys.readouterr().out)
     assert line["metrics"] == {"bpd": pytest.approx(expected, rel=1e-6)}
+    assert line["features"]["name"] == "random-conv"
+    alone = ["--samples", str(tmp_path / "pictures.npz"), "--features", "torchscript:nowhere", "--device", "cpu"]
+    assert main([*alone, *bpd, "--bpd-class-labels", "2", "style/cat"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    labelled = bits_per_dim(flow.transformer, list(pictures), [2, 0] * 3).mean
+    assert line["metrics"] == {"bpd": pytest.approx(labelled, rel=1e-6)} and abs(labelled - expected) > 1e-4
+    assert "features" not in line and line["n_samples"] == 6
+    assert line["details"]["bpd"]["class_labels"] == ["2", "style/cat"]
+    assert main([*alone, *bpd, "--bpd-class-labels", "3"]) == 2
+    assert "between 0 and 2, got 3" in capsys.readouterr().err
+    assert main([*alone, "--bpd-class-labels", "1"]) == 2
+    assert "belongs to --bpd" in capsys.readouterr().err
     assert main([*samples, "--bpd", str(model)]) == 2
     assert "needs a TarFlow checkpoint" in capsys.readouterr().err
     assert main(samples) == 2

@@ -75,6 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
                 "num_layers": 1,
                 "head_dim": 8,
                 "num_classes": 16,
+                "noise_std": 0.1,
             },
         },
         "condition": {"null_label": -1},
@@ -237,3 +238,25 @@ def test_our_pictures_train_with_vmoba_too(tmp_path, case):
         curves[name] = [loss for _, loss, _ in curve(tmp_path / name)]
     assert curves["dense"] != curves["sparse"]
     assert all(abs(a - b) < 1.0 for a, b in zip(*curves.values(), strict=True))
+
+
+def test_the_prior_of_a_volume_preserving_flow_follows_the_batch(tmp_path):
+    """After one step in two micro-batches: a tenth of the way from 1 to the mean z^2 of the whole batch."""
+    values = {**tiny_values(tmp_path, batch_size=8, accumulation=2), **CASES["tarflow"]}
+    options = {**values["model"]["options"], "volume_preserving": True}
+    trainer = Trainer(config_from_dict({**values, "model": {"name": "tarflow", "options": options}}))
+    with torch.no_grad():
+        result = trainer.objective.loss(trainer.network, trainer.batch(0, torch.arange(8)))
+    wanted = 0.9 + 0.1 * result.prediction[0].square().mean(dim=0)
+    assert torch.equal(trainer.bare.var, torch.ones_like(wanted))
+    trainer.step(0, 10)
+    torch.testing.assert_close(trainer.bare.var, wanted)
+    assert (wanted - 1).abs().max() > 0.01
+
+
+def test_a_flow_that_removes_another_noise_than_it_was_given_is_refused(tmp_path):
+    values = {**tiny_values(tmp_path), **CASES["tarflow"]}
+    for objective in ({"noise_std": 0.05}, {"noise": "uniform", "noise_std": 0.1}):
+        values["objective"] = {"name": "flow_nll", "options": objective}
+        with pytest.raises(ValueError, match="the model's noise_std is 0.1: they must be equal"):
+            Trainer(config_from_dict(values))

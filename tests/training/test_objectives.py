@@ -149,6 +149,39 @@ def test_flow_likelihood_of_a_scaling_map():
     assert torch.allclose(uniform, batch.samples.square().flatten(1).mean(1), atol=0.02)
 
 
+def test_flow_likelihood_adds_the_gaussian_that_was_drawn():
+    batch, seen = _batch(), []
+
+    def network(x):
+        seen.append(x)
+        return x, torch.zeros(6)
+
+    FlowNLL(noise_std=0.25).loss(network, batch)
+    noise = batch.draws.normal(Stream.NOISE, batch.samples.shape[1:])
+    assert torch.allclose((seen[0] - batch.samples) / 0.25, noise, atol=1e-5)
+    assert 0.8 < float(noise.std()) < 1.2
+
+
+def test_uniform_noise_is_computed_in_float32():
+    """Within autocast, and from samples in half precision: grey levels stay apart."""
+    grey = torch.arange(256.0).reshape(1, 1, 16, 16)
+    batch = TrainingBatch((grey / 127.5 - 1).bfloat16(), {}, Draws(3, 11, torch.arange(1)))
+    layer, seen = torch.nn.Linear(16, 16), []
+
+    def network(x):
+        seen.append((x, layer(x)))
+        return x, torch.zeros(1)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        FlowNLL(noise="uniform").loss(network, batch)
+    noisy, output = seen[0]
+    assert noisy.dtype == output.dtype == torch.float32
+    assert torch.equal(output, layer(noisy))
+    noise = batch.draws.uniform(Stream.NOISE, (1, 16, 16))
+    kept = ((batch.samples.float() + 1) * 127.5).round()
+    assert torch.allclose((noisy + 1) * 128 - kept, noise, atol=1e-4)
+
+
 def test_unknown_names_and_options_are_refused():
     with pytest.raises(ValueError, match="rectified_flow"):
         objective_class("flow")

@@ -10,10 +10,13 @@ from dit_suite.models.acdit import ACDiTTransformer3DModel
 from dit_suite.models.nfd import NFDTransformer3DModel
 from dit_suite.pipelines.pipeline_acdit import ACDiTPipeline
 from dit_suite.pipelines.pipeline_nfd import NFDPipeline
+from dit_suite.pipelines.pipeline_tarflow import TarFlowPipeline
+from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler
 from dit_suite.schedulers.trigflow import TrigFlowScheduler
 from dit_suite.ui import engine
-from dit_suite.ui.engine import Engine, Finished, Progress, StopFlag, make_job
+from dit_suite.ui.engine import Engine, Finished, Progress, StopFlag, Stopped, make_job
 from dit_suite.ui.settings import PUBLIC_LIMITS
+from tests.models.test_tarflow import tiny_model
 from tests.tiny import save_tiny
 
 GREY = 128
@@ -36,6 +39,16 @@ def save_nfd(folder):
     )
     NFDPipeline(model.eval(), TrigFlowScheduler()).save_pretrained(folder)
     return folder
+
+
+def save_tarflow(folder, **changes):
+    model = tiny_model(in_channels=3, **changes)
+    TarFlowPipeline(model, GSJacobiScheduler([0, 1, 3], [1, 3, 2])).save_pretrained(folder)
+    return folder
+
+
+def tarflow_job(folder, **options):
+    return make_job(str(folder), 1, find_checkpoint(folder).technique.options_class()(**options), 0)
 
 
 class KeepingEngine(Engine):
@@ -99,6 +112,36 @@ def test_a_game_shows_its_newest_frame(tmp_path, monkeypatch):
     assert len({preview.tobytes() for preview in previews}) == 4
     for preview, frame in zip(previews, clip, strict=True):
         assert np.abs(preview - frame).max() <= 1
+
+
+def test_a_flow_shows_its_blocks(tmp_path, monkeypatch):
+    """One preview after every block; the last one is the sample where no score step follows."""
+    previews, sample = watch(save_tarflow(tmp_path / "m"), 1, tmp_path, monkeypatch, denoise_strength=0.0)
+    assert len(previews) == 3
+    assert np.abs(previews[-1] - sample).max() <= 1
+    assert all(np.abs(preview - sample).max() > 5 for preview in previews[:-1])
+
+
+def test_stop_ends_a_flow_within_a_block(tmp_path):
+    """The first block takes 8 calls of its network; the third one asks to stop."""
+    job = tarflow_job(save_tarflow(tmp_path / "m"))
+    runner, stop, calls = Engine(tmp_path, PUBLIC_LIMITS), StopFlag(), []
+
+    def third(module, args):
+        calls.append(len(calls) + 1)
+        if len(calls) == 3:
+            stop.set()
+
+    runner._pipeline(job).transformer.blocks[2].proj_in.register_forward_pre_hook(third)
+    assert list(runner.run(job, 1, stop)) == [Stopped(0)]
+    assert calls == [1, 2, 3]
+
+
+def test_a_flow_that_overflows_is_a_bad_request(tmp_path):
+    """With log-scales of 100 a block leaves the range of float32."""
+    folder = save_tarflow(tmp_path / "m", spread=400.0)
+    with pytest.raises(ValueError, match="overflowed for sample.* lower the guidance scale"):
+        list(Engine(tmp_path, PUBLIC_LIMITS).run(tarflow_job(folder), 1, StopFlag()))
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 16, 3), (1, 4, 2, 8, 8)])
