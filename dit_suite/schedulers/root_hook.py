@@ -4,8 +4,8 @@ diffusers' pipelines announce the guidance branch, and in newer releases the ste
 Where they do, the hook believes them. Where they do not, it counts: a changed timestep is a new step, a repeated one is
 another branch or evaluation of the same step. A run is new where the pipeline's scheduler has got new timesteps, where
 the timestep jumps back against the direction of travel, and after an error in the model. diffusers resets stateful
-hooks at the end of a pipeline call, which ends the run here too. Networks of one pipeline that take over from each other
-(Wan 2.2) are counted together.
+hooks at the end of a pipeline call, which ends the run here too. Networks of one pipeline that take over from each
+other (Wan 2.2) are counted together.
 
 Where every token has a timestep of its own (a given first frame is clean, its timestep is 0), the largest one counts.
 
