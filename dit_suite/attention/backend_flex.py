@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-
 # Every shape, dtype and table width is a variant of its own; torch would give up after 8.
 _VARIANTS = 256
 

@@ -217,6 +217,35 @@ class SparseAttentionHandle:
         dense: Callable[[], torch.Tensor],
         reason: str | None,
     ) -> torch.Tensor:
+        """Under autocast the method gets its tensors in autocast's type, as torch's attention would, and runs outside.
+
+        Otherwise autocast would turn the method's own float32 arithmetic (block scores, log-sum-exps) into bfloat16.
+        """
+        device = query.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._run(attachment, layer, query, key, value, mask, scale, dense, reason)
+        dtype = torch.get_autocast_dtype(device)
+        cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+
+        def dense_as_before() -> torch.Tensor:
+            with torch.autocast(device, dtype):
+                return dense()
+
+        with torch.autocast(device, enabled=False):
+            return self._run(attachment, layer, *cast, mask, scale, dense_as_before, reason)
+
+    def _run(
+        self,
+        attachment: _Attachment,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        dense: Callable[[], torch.Tensor],
+        reason: str | None,
+    ) -> torch.Tensor:
         scope = getattr(attachment.local, "scope", None)
         if scope is None and self.method.trainable and torch.is_grad_enabled():
             # Gradient checkpointing runs a block again in the backward pass, outside the transformer's forward.

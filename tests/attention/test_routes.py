@@ -2,6 +2,7 @@
 
 import types
 import warnings
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch._dynamo.utils import counters
 from dit_suite.attention import AdaSpaConfig, VMoBAConfig, apply_adaspa, apply_vmoba, supported
 from dit_suite.attention.layouts import TokenLayout
 from dit_suite.attention.plugin import _Scope, self_attention_layers
+from dit_suite.attention.selection import block_gate
 from tests.attention import tiny_models
-from tests.attention.tiny_models import build, forward
 from tests.attention.test_plugin import SEARCH_AT_0, VMOBA, _run_steps
+from tests.attention.tiny_models import build, forward
 
 SPARSE = AdaSpaConfig(sparsity=0.75, **SEARCH_AT_0)
 
@@ -156,3 +158,28 @@ def test_nothing_is_noted_where_a_cache_skips_layers():
         _run_steps(model, given, range(3))
         assert [row["sparse_calls"] for row in handle.stats()["layers"]] == [2, 0, 0]
         assert handle.fallbacks == {}
+
+
+def test_autocast_leaves_selection_in_float32():
+    """Autocast casts query, key and value, as it does for torch's attention, and not the method's own arithmetic."""
+    model, given = build("wan"), tiny_models.wan_inputs()
+    gates = []
+
+    def gate(query, means):
+        gates.append((query, means, block_gate(query, means)))
+        return gates[-1][2]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        dense = forward(model, given)
+        with patch("dit_suite.attention.selection.block_gate", gate):
+            with apply_vmoba(model, VMoBAConfig.trained(**(VMOBA | {"dense_first_steps": 0.0}))):
+                sparse = forward(model, given)
+        with apply_vmoba(model, VMoBAConfig(topk_ratio=1.0, **VMOBA)):
+            full = forward(model, given)
+        with apply_adaspa(model, AdaSpaConfig(block_size=16, search_steps=(3,), min_tokens=0)):
+            assert torch.equal(_run_steps(model, given, [0])[0], dense)
+    assert (full - dense).abs().max() < 0.05 * dense.abs().max() and not torch.equal(sparse, dense)
+    for query, means, scores in gates:
+        assert query.dtype == torch.bfloat16 and scores.dtype == torch.float32
+        exact = means.double() @ query.double().transpose(-1, -2)
+        assert (scores - exact).abs().max() < 1e-5 * exact.abs().max()
