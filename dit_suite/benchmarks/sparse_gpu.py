@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_suite.attention.adaspa import AdaSpaConfig
@@ -106,7 +107,7 @@ def _model_rows(
 ) -> list[dict[str, Any]]:
     model, given = build(grid, layers)
     for _, module in self_attention_layers(model):
-        module.set_attention_backend("_native_cudnn")
+        module.processor._attention_backend = AttentionBackendName("_native_cudnn")
     model.compile_repeated_blocks(dynamic=False)
     methods = {
         "adaspa sparsity 0.8": AdaSpaMethod(AdaSpaConfig(search_steps=(0.0,))),

@@ -7,7 +7,8 @@ the timestep jumps back against the direction of travel, and after an error in t
 hooks at the end of a pipeline call, which ends the run here too. Networks of one pipeline that take over from each
 other (Wan 2.2) are counted together.
 
-Where every token has a timestep of its own (a given first frame is clean, its timestep is 0), the largest one counts.
+Tokens may have timesteps of their own (a given first frame is clean, its timestep is 0; frames may be denoised one
+after the other). A step is then told by their mean, and the timestep published is the largest.
 
 A loop of one's own around a bare model shows none of this when it is left between its first evaluation and the second,
 and the next one starts at the same timestep: call `RootHookHandle.reset` (every plug-in's `reset` does) before it.
@@ -54,7 +55,7 @@ class _Progress:
         self.seen = []
 
     def advance(self, timestep: float, name: str | None, announced_index: int | None) -> "_Progress":
-        """The progress after one more evaluation at `timestep` (a new object where a new run starts)."""
+        """The progress after one more evaluation at a (mean) `timestep`; a new object where a new run starts."""
         if self.timestep is None:
             return self._record(timestep, name, announced_index)
         change = (timestep > self.timestep) - (timestep < self.timestep)
@@ -150,13 +151,14 @@ class _StepHook(ModelHook):
         timestep = given.get("timestep")
         if timestep is None:
             return None
-        value = float(torch.as_tensor(timestep).max())
+        timesteps = torch.as_tensor(timestep).detach().cpu().double()
+        value, mean = float(timesteps.max()), float(timesteps.mean())
         name, index, count = self._announced()
         plan = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
         progress = self.runs.progress
         if progress is None or progress.plan is not plan:
             progress = _Progress(plan)
-        progress = self.runs.progress = progress.advance(value, name, index)
+        progress = self.runs.progress = progress.advance(mean, name, index)
         if count is None:
             count = getattr(self.pipeline, "_num_timesteps", None) or (0 if plan is None else len(plan))
         return StepContext(progress.step_index, count, value, progress.branch, progress.evaluation, progress.run)

@@ -163,6 +163,19 @@ def test_hook_reads_the_step_from_tokens_of_their_own_timesteps():
     assert [(c.step_index, c.timestep) for c in calls] == [(0, 900.0), (1, 500.0), (2, 100.0)]
 
 
+def test_hook_counts_steps_of_frames_that_are_denoised_one_after_the_other():
+    """Diffusion forcing: the last frame waits at its first timestep, the first one at its last."""
+    model, calls = tiny_wan(), []
+    attach_root_hook(model)
+    record(model, calls)
+    x, text = torch.zeros(1, 4, 2, 4, 4), torch.zeros(1, 3, 16)
+    with torch.no_grad():
+        for first, second in ((900.0, 900.0), (500.0, 900.0), (0.0, 900.0), (0.0, 500.0)):
+            for _ in range(2):
+                model(x, torch.tensor([first] * 4 + [second] * 4)[None], text)
+    assert [(c.step_index, c.branch) for c in calls] == [(i, b) for i in range(4) for b in ("batched", "uncond")]
+
+
 def test_networks_of_one_pipeline_are_counted_together():
     first, second, calls = tiny_wan(), tiny_wan(), []
     pipe = SimpleNamespace(transformer=first, transformer_2=second, scheduler=DDIMScheduler())
