@@ -101,3 +101,14 @@ def test_names_that_the_docs_put_into_a_package_are_there():
     (sentence,) = re.findall(r"`GraftPlan`, [^.]*? are in `dit_suite\.grafting`", text)
     names = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", sentence)) - {"dit_suite"}
     assert {"GraftPlan", "graft", "detect_operators"} <= names <= set(dit_suite.grafting.__all__)
+
+
+def test_entry_points_name_things_that_exist():
+    """vLLM-Omni finds the sparse plug-ins by these names."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    points = groups["vllm_omni.sparse_attn"]
+    assert sorted(points) == ["dit_suite_adaspa", "dit_suite_vmoba"]
+    for name, target in points.items():
+        module, _, attribute = target.partition(":")
+        plugin = getattr(importlib.import_module(module), attribute)
+        assert callable(plugin) and attribute == name.removeprefix("dit_suite_")

@@ -1,6 +1,6 @@
 """Sparse attention: block partitions, selection, block-sparse kernels behind one function, and the plug-in."""
 
-from dit_suite.attention.adaspa import AdaSpaConfig
+from dit_suite.attention.adaspa import AdaSpaConfig, estimate_speedup
 from dit_suite.attention.block_sparse import block_sparse_attention
 from dit_suite.attention.plugin import apply_adaspa, apply_vmoba, supported
 from dit_suite.attention.vmoba import VMoBAConfig, vmoba_attention
@@ -11,6 +11,7 @@ __all__ = [
     "apply_adaspa",
     "apply_vmoba",
     "block_sparse_attention",
+    "estimate_speedup",
     "supported",
     "vmoba_attention",
 ]

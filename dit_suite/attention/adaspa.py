@@ -120,7 +120,7 @@ def build_table(
     """
     batch, heads, q_blocks, k_blocks = mass.shape
     rows, columns = q_blocks - sink_blocks, k_blocks - sink_blocks
-    ranked = mass[:, :, :rows, :columns].double()
+    ranked = mass[:, :, :rows, :columns]
     if keep_diagonal:
         ranked = ranked.masked_fill(torch.eye(rows, columns, dtype=torch.bool, device=mass.device), float("inf"))
     budgets = torch.tensor([[row_budget(float(s), columns) for s in row] for row in sparsity], device=mass.device)
@@ -224,6 +224,7 @@ class LayerReport:
     """Counts of one layer since the last reset."""
 
     backend: str | None = None
+    search: str | None = None
     dense_calls: int = 0
     fused_searches: int = 0
     cached_searches: int = 0

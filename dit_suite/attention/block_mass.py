@@ -12,6 +12,20 @@ _CPU_TILE, _CPU_HEADS = (128, 512), 4
 _ACCELERATOR_TILE_BYTES = 512 << 20
 
 
+def search_backend(query: torch.Tensor, block_size: int, impl: str = "auto") -> str:
+    """The search kernel that `block_mass` runs: "triton" or "chunked".
+
+    Raises:
+        ValueError: an unknown impl, or "triton" where it cannot run.
+    """
+    if impl not in SEARCH_IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(SEARCH_IMPLS)}, got {impl!r}")
+    reason = None if impl == "chunked" else triton_unavailable(query, block_size)
+    if impl == "triton" and reason is not None:
+        raise ValueError(f"the Triton search kernel cannot run this call: {reason}")
+    return "chunked" if impl == "chunked" or reason is not None else "triton"
+
+
 @torch.no_grad()
 def block_mass(
     query: torch.Tensor,
@@ -39,15 +53,8 @@ def block_mass(
     Raises:
         ValueError: an unknown impl, or "triton" where it cannot run.
     """
-    if impl not in SEARCH_IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(SEARCH_IMPLS)}, got {impl!r}")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    reason = None if impl == "chunked" else triton_unavailable(query, block_size)
-    if impl == "triton" and reason is not None:
-        raise ValueError(f"the Triton search kernel cannot run this call: {reason}")
-    if impl != "chunked" and reason is None:
-        return triton_block_mass(query, key, lse, block_size, scale)
-    return _chunked_block_mass(query, key, lse, block_size, scale)
+    run = {"triton": triton_block_mass, "chunked": _chunked_block_mass}[search_backend(query, block_size, impl)]
+    return run(query, key, lse, block_size, query.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _tile(heads: int, k_len: int, block_size: int, query: torch.Tensor) -> tuple[int, int, int]:

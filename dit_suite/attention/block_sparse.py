@@ -85,9 +85,9 @@ def mask_from_table(block_table: torch.Tensor, block_counts: torch.Tensor, k_blo
 def count_pairs(block_table: torch.Tensor, block_counts: torch.Tensor, q_len: int, k_len: int, block_size: int) -> int:
     """Query-key scores that a table asks for, with tail blocks at their true size."""
     k_blocks = block_count(k_len, block_size)
-    keys = torch.full((k_blocks,), block_size, dtype=torch.float64, device=block_table.device)
+    keys = torch.full((k_blocks,), block_size, dtype=torch.int64, device=block_table.device)
     keys[-1] = k_len - (k_blocks - 1) * block_size
-    rows = torch.full((block_table.shape[2],), block_size, dtype=torch.float64, device=block_table.device)
+    rows = torch.full((block_table.shape[2],), block_size, dtype=torch.int64, device=block_table.device)
     rows[-1] = q_len - (block_table.shape[2] - 1) * block_size
     used = torch.arange(block_table.shape[-1], device=block_table.device) < block_counts[..., None]
     kept = (keys[block_table.long()] * used).sum(-1)

@@ -12,6 +12,7 @@ import torch
 
 from dit_suite.attention import adaspa
 from dit_suite.attention.adaspa import AdaSpaConfig, LayerReport, LayerState, SearchResult
+from dit_suite.attention.block_mass import search_backend
 from dit_suite.attention.block_sparse import WorkCounter, block_sparse_attention, choose_backend, count_pairs
 from dit_suite.attention.calls import AttentionCall
 from dit_suite.attention.merge import attention_with_lse
@@ -37,6 +38,18 @@ def smallest_useful(method: "AdaSpaMethod | VMoBAMethod", device: torch.device) 
 def _mean(values: Iterable[float]) -> float | None:
     values = list(values)
     return sum(values) / len(values) if values else None
+
+
+def _names(rows: Iterable[Mapping[str, Any]], key: str) -> str | None:
+    """What the layers' reports say under `key`, each name once."""
+    return ", ".join(sorted({row[key] for row in rows if row[key] is not None})) or None
+
+
+def _most(dense: int, sparse: int, density: float | None) -> float | None:
+    """How much less attention all calls computed than dense ones would have: no gain in time can be higher."""
+    if not sparse:
+        return None
+    return adaspa.estimate_speedup(1.0, dense / (dense + sparse), density)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -84,6 +97,7 @@ class AdaSpaMethod:
             searches = self.config.searches(step.num_steps)
         except ValueError as error:
             raise StayDense(str(error)) from None
+        self._refuse_what_gains_nothing(call)
         state = self._state(step.run, (call.model, step.branch, call.layer, call.item, tuple(call.query.shape)))
         report = self._report(call)
         phase = self._phase(state, step.step_index, searches)
@@ -98,6 +112,14 @@ class AdaSpaMethod:
             state.searches_done = sum(s <= step.step_index for s in searches)
             state.last_step = step.step_index
         return out
+
+    def _refuse_what_gains_nothing(self, call: AttentionCall) -> None:
+        kept = 1.0 - self.config.sparsity
+        if self.config.min_tokens is None and call.query.device.type == "cpu" and kept >= _CPU_BREAK_EVEN:
+            raise StayDense(
+                f"keeping {kept:.0%} of the blocks saves no time on a CPU, it does below half of them (a number for "
+                "min_tokens makes it run)"
+            )
 
     def planned_searches(self, num_steps: int) -> int:
         """Searches of one layer in a run of `num_steps`, beside those that every sparse step holds."""
@@ -153,6 +175,7 @@ class AdaSpaMethod:
             kept_apart = share + call.text_counts()[:, None].to(share.dtype)
         lse = lse if order is None else order.permute(lse, 2)
         block = self._block_size(call)
+        report.search = search_backend(query, block, self.config.search_impl)
         state.result = self._choose(call, query, key, lse, kept_apart)
         _synchronize(query.device)
         report.search_seconds += time.perf_counter() - start
@@ -209,6 +232,7 @@ class AdaSpaMethod:
                 "model": model,
                 "layer": layer,
                 "backend": r.backend,
+                "search": r.search,
                 "dense_calls": r.dense_calls,
                 "fused_searches": r.fused_searches,
                 "cached_searches": r.cached_searches,
@@ -225,8 +249,9 @@ class AdaSpaMethod:
         means = ("density", "recall_before_tiers", "recall")
         summary = {name: sum(row[name] for row in layers) for name in totals}
         summary |= {name: _mean(row[name] for row in layers if row[name] is not None) for name in means}
-        backends = sorted({row["backend"] for row in layers if row["backend"] is not None})
-        return {"backend": ", ".join(backends) or None, **summary, "layers": layers}
+        dense = summary["dense_calls"] + summary["fused_searches"]
+        summary["attention_speedup_at_most"] = _most(dense, summary["sparse_calls"], summary["density"])
+        return {"backend": _names(layers, "backend"), "search": _names(layers, "search"), **summary, "layers": layers}
 
 
 class VMoBAMethod:
@@ -239,15 +264,16 @@ class VMoBAMethod:
     def __init__(self, config: VMoBAConfig) -> None:
         self.config = config
         self._lock = threading.Lock()
-        self._reports: dict[tuple[int, int], dict[str, float]] = {}
+        self._reports: dict[tuple[int, int], dict[str, Any]] = {}
 
     def reset(self) -> None:
         with self._lock:
             self._reports.clear()
 
-    def _report(self, call: AttentionCall) -> dict[str, float]:
+    def _report(self, call: AttentionCall) -> dict[str, Any]:
         with self._lock:
-            return self._reports.setdefault(call.where, {"dense_calls": 0, "sparse_calls": 0, "density": 0.0})
+            empty = {"backend": None, "dense_calls": 0, "sparse_calls": 0, "density": 0.0}
+            return self._reports.setdefault(call.where, empty)
 
     def _step_is_dense(self, call: AttentionCall) -> bool:
         training = torch.is_grad_enabled() and call.query.requires_grad
@@ -266,7 +292,7 @@ class VMoBAMethod:
             return call.dense()
         return call.join(*self._sparse(call, report))
 
-    def _sparse(self, call: AttentionCall, report: dict[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sparse(self, call: AttentionCall, report: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and log-sum-exp of the video queries over the video keys they selected."""
         counter = WorkCounter()
         out, lse = vmoba_attention(
@@ -278,12 +304,16 @@ class VMoBAMethod:
             counter=counter,
             return_lse=True,
         )
+        report["backend"] = counter.backend
         report["sparse_calls"] += 1
         report["density"] += call.density(counter.pairs)
         return out, lse
 
     def stats(self) -> dict[str, Any]:
-        """Calls by kind and density: per layer and over all layers."""
+        """Calls by kind, density and the kernel used (varlen or a loop over blocks): per layer and over all layers.
+
+        Recall is not told: it would take the dense weights.
+        """
         with self._lock:
             reports = sorted(self._reports.items())
         layers = [
@@ -291,15 +321,20 @@ class VMoBAMethod:
                 "model": model,
                 "layer": layer,
                 "kind": self.config.kind(layer),
+                "backend": r["backend"],
                 "dense_calls": r["dense_calls"],
                 "sparse_calls": r["sparse_calls"],
                 "density": r["density"] / r["sparse_calls"] if r["sparse_calls"] else None,
             }
             for (model, layer), r in reports
         ]
+        dense, sparse = (sum(row[kind] for row in layers) for kind in ("dense_calls", "sparse_calls"))
+        density = _mean(row["density"] for row in layers if row["density"] is not None)
         return {
-            "dense_calls": sum(row["dense_calls"] for row in layers),
-            "sparse_calls": sum(row["sparse_calls"] for row in layers),
-            "density": _mean(row["density"] for row in layers if row["density"] is not None),
+            "backend": _names(layers, "backend"),
+            "dense_calls": dense,
+            "sparse_calls": sparse,
+            "density": density,
+            "attention_speedup_at_most": _most(dense, sparse, density),
             "layers": layers,
         }

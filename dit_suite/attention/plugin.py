@@ -13,9 +13,9 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from dit_suite.attention.adaspa import AdaSpaConfig
 from dit_suite.attention.calls import AttentionCall
-from dit_suite.attention.layouts import LayoutRule, TokenLayout, read_layout, rule_for
+from dit_suite.attention.layouts import TokenLayout, read_layout, rule_for
 from dit_suite.attention.methods import AdaSpaMethod, StayDense, VMoBAMethod, smallest_useful
-from dit_suite.attention.routes import HOOK_NAME, dispatches, route_for
+from dit_suite.attention.routes import HOOK_NAME, DispatchRoute, ModuleRoute, dispatches, route_for
 from dit_suite.attention.vmoba import VMoBAConfig
 from dit_suite.schedulers.root_hook import attach_root_hook, remove_diffusers_hook
 
@@ -45,9 +45,11 @@ class _ScopeHook(ModelHook):
         local.scope = _Scope(read_layout(module, rule, args, kwargs))
         self._attachment.last_layout = local.scope.layout
         try:
-            return self.fn_ref.original_forward(*args, **kwargs)
+            out = self.fn_ref.original_forward(*args, **kwargs)
         finally:
             local.scope = before
+        self._attachment.note_layers_not_reached()
+        return out
 
 
 @dataclass(frozen=True)
@@ -98,41 +100,67 @@ def supported(model: torch.nn.Module) -> list[LayerSupport]:
 
 
 def _transformers(target: Any) -> list[torch.nn.Module]:
-    if isinstance(target, torch.nn.Module):
-        return [target]
-    found = [getattr(target, name, None) for name in ("transformer", "transformer_2")]
-    found = [m for m in found if isinstance(m, torch.nn.Module)]
+    """The networks of a pipeline, or the one given; of a compiled one the module that was compiled."""
+    found = [target]
+    if not isinstance(target, torch.nn.Module):
+        found = [getattr(target, name, None) for name in ("transformer", "transformer_2")]
+        found = [m for m in found if isinstance(m, torch.nn.Module)]
     if not found:
         raise ValueError(f"{type(target).__name__} is no transformer and has none")
-    return found
+    return [getattr(m, "_orig_mod", m) for m in found]
 
 
 class _Attachment:
     """The hooks and routes on one transformer."""
 
     def __init__(
-        self, model: torch.nn.Module, rule: LayoutRule, number: int, pipeline: Any, attend: Callable, chosen: set | None
+        self,
+        model: torch.nn.Module,
+        number: int,
+        pipeline: Any,
+        attend: Callable,
+        note: Callable[[str], None],
+        chosen: set | None,
     ) -> None:
-        self.model, self.rule = model, rule
+        self.model, self.rule, self.number = model, rule_for(model), number
         self.local = threading.local()
         self.last_layout: TokenLayout | None = None
-        self.routes: list[Any] = []
+        self._attend, self._note = attend, note
+        self._routes: dict[type, DispatchRoute | ModuleRoute] = {}
+        self._unreached: set[int] = set()
         self._root = attach_root_hook(model, pipeline)
         try:
             HookRegistry.check_if_exists_or_initialize(model).register_hook(_ScopeHook(self), _SCOPE_HOOK)
-            for layer, (name, module) in enumerate(self_attention_layers(model)):
+            for layer, (_, module) in enumerate(self_attention_layers(model)):
                 if chosen is None or layer in chosen:
-                    self._route(module, f"dit_suite:{id(self)}:{name}", attend, number, layer)
+                    self._take(module, layer)
             self._refresh()
         except BaseException:
             self.remove()
             raise
 
-    def _route(self, module: torch.nn.Module, name: str, attend: Callable, number: int, layer: int) -> None:
-        def intercept(query, key, value, mask, scale, dense):
-            return attend(self, number, layer, query, key, value, mask, scale, dense)
+    def _take(self, module: torch.nn.Module, layer: int) -> None:
+        kind = route_for(module)
+        if kind not in self._routes:
+            self._routes[kind] = kind(f"dit_suite:{id(self)}", self._intercept)
+        self._routes[kind].take(module, layer)
+        self._unreached.add(layer)
 
-        self.routes.append(route_for(module)(module, name, intercept))
+    def _intercept(self, layer: int, *call: Any) -> torch.Tensor:
+        self._unreached.discard(layer)
+        return self._attend(self, layer, *call)
+
+    def note_layers_not_reached(self) -> None:
+        """Counts the layers that run dense without the method being asked (their processor went another way).
+
+        A layer that was reached once may be skipped later: step caches do that.
+        """
+        lost: dict[int, str] = {}
+        for route in self._routes.values():
+            lost |= route.lost()
+        never = self._unreached - set(lost)
+        for reason in (*lost.values(), *["an attention processor does not call torch's attention"] * len(never)):
+            self._note(reason)
 
     def reset(self) -> None:
         self._root.reset()
@@ -141,9 +169,9 @@ class _Attachment:
         HookRegistry.check_if_exists_or_initialize(self.model).invalidate_child_registries_cache()
 
     def remove(self) -> None:
-        for route in reversed(self.routes):
+        for route in self._routes.values():
             route.remove()
-        self.routes.clear()
+        self._routes.clear()
         if _SCOPE_HOOK in getattr(self.model.__dict__.get("_diffusers_hook"), "hooks", {}):
             remove_diffusers_hook(self.model, _SCOPE_HOOK)
         self._root.remove()
@@ -172,8 +200,7 @@ class SparseAttentionHandle:
         chosen = None if layers is None else set(layers)
         try:
             for number, model in enumerate(models):
-                rule = rule_for(model)
-                self._attachments.append(_Attachment(model, rule, number, pipeline, self._attend, chosen))
+                self._attachments.append(_Attachment(model, number, pipeline, self._attend, self._note, chosen))
         except BaseException:
             self.remove()
             raise
@@ -181,7 +208,6 @@ class SparseAttentionHandle:
     def _attend(
         self,
         attachment: _Attachment,
-        number: int,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -189,12 +215,44 @@ class SparseAttentionHandle:
         mask: torch.Tensor | None,
         scale: float | None,
         dense: Callable[[], torch.Tensor],
+        reason: str | None,
+    ) -> torch.Tensor:
+        """Under autocast the method gets its tensors in autocast's type, as torch's attention would, and runs outside.
+
+        Otherwise autocast would turn the method's own float32 arithmetic (block scores, log-sum-exps) into bfloat16.
+        """
+        device = query.device.type
+        if not torch.is_autocast_enabled(device):
+            return self._run(attachment, layer, query, key, value, mask, scale, dense, reason)
+        dtype = torch.get_autocast_dtype(device)
+        cast = (t if t.dtype == torch.float64 else t.to(dtype) for t in (query, key, value))
+
+        def dense_as_before() -> torch.Tensor:
+            with torch.autocast(device, dtype):
+                return dense()
+
+        with torch.autocast(device, enabled=False):
+            return self._run(attachment, layer, *cast, mask, scale, dense_as_before, reason)
+
+    def _run(
+        self,
+        attachment: _Attachment,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+        dense: Callable[[], torch.Tensor],
+        reason: str | None,
     ) -> torch.Tensor:
         scope = getattr(attachment.local, "scope", None)
         if scope is None and self.method.trainable and torch.is_grad_enabled():
             # Gradient checkpointing runs a block again in the backward pass, outside the transformer's forward.
             scope = _Scope(attachment.last_layout)
         try:
+            if reason is not None:
+                raise StayDense(reason)
             layout = self._layout(scope, query)
             text_valid = self._text_valid(scope, layout, mask, query)
             if not self.method.trainable and torch.is_grad_enabled() and query.requires_grad:
@@ -202,10 +260,10 @@ class SparseAttentionHandle:
             item = scope.calls[layer]
             scope.calls[layer] += 1
             scale = query.shape[-1] ** -0.5 if scale is None else scale
-            call = AttentionCall(number, layer, item, query, key, value, layout, text_valid, scale, dense)
+            call = AttentionCall(attachment.number, layer, item, query, key, value, layout, text_valid, scale, dense)
             return self.method.attend(call)
-        except StayDense as reason:
-            self._note(str(reason))
+        except StayDense as why:
+            self._note(str(why))
             return dense()
 
     def _layout(self, scope: _Scope | None, query: torch.Tensor) -> TokenLayout:

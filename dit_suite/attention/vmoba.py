@@ -15,20 +15,34 @@ from dit_suite.attention import selection
 from dit_suite.attention.block_sparse import WorkCounter
 from dit_suite.attention.merge import accumulation_dtype, attention_with_lse
 from dit_suite.attention.partition import Grid, Partition, auto_block, partition_on
-from dit_suite.attention.vmoba_dispatch import PairAttention, PairLists, pairs_from_indices, pairs_from_mask
+from dit_suite.attention.vmoba_dispatch import (
+    PairAttention,
+    PairLists,
+    pairs_from_indices,
+    pairs_from_mask,
+    varlen_available,
+)
 from dit_suite.options import Options, option
 
 KINDS = (1, 2, 3)
 _TARGET_BLOCKS = {1: 8, 2: 48, 3: 72}
 _FEWEST_BLOCKS, _TOKENS_PER_BLOCK = 8, 128
+# The paper's blocks of each kind by token grid (its Table 4: 81x480x832, 81x720x1280, 93x576x1024, 141x480x832). Its k
+# of 2, 6, 18 and 2, 10, 9 blocks are a quarter of the blocks, which is the default of `topk_ratio`.
+_PAPER_BLOCKS = {
+    (21, 30, 52): (3.0, (5, 13), (7, 5, 13)),
+    (21, 45, 80): (3.0, (9, 10), (7, 15, 20)),
+    (24, 36, 64): (3.0, (6, 8), (8, 12, 8)),
+    (36, 30, 52): (3.0, (5, 13), (12, 10, 13)),
+}
 
 
 @dataclass(frozen=True)
 class VMoBAConfig(Options):
     """Options of VMoBA.
 
-    Sides left at None are chosen from the grid: about 8, 48 and 72 blocks; fewer (but not below 8) where blocks would
-    hold less than 128 tokens.
+    Sides left at None are the paper's on its four grids and else chosen from the grid: about 8, 48 and 72 blocks; fewer
+    (but not below 8) where blocks would hold less than 128 tokens.
     """
 
     block_1d: float | None = option(None, "1D block length in frames (may be fractional)", minimum=1e-3, advanced=True)
@@ -83,6 +97,8 @@ class VMoBAConfig(Options):
     def block(self, grid: Grid, kind: int) -> float | tuple[int, ...]:
         """Block sides of a kind on a grid."""
         given = {1: self.block_1d, 2: self.block_2d, 3: self.block_3d}[kind]
+        if given is None and tuple(grid) in _PAPER_BLOCKS:
+            return _PAPER_BLOCKS[tuple(grid)][KINDS.index(kind)]
         most = max(_FEWEST_BLOCKS, math.prod(grid) // _TOKENS_PER_BLOCK)
         return auto_block(grid, kind, min(_TARGET_BLOCKS[kind], most)) if given is None else given
 
@@ -150,7 +166,7 @@ def vmoba_attention(
         counter.calls += 1
         counter.dense_pairs += query.shape[0] * query.shape[1] * query.shape[2] ** 2
         counter.pairs += counter.dense_pairs if full else own + pairs.scores(parts.sizes)
-        counter.backend = "dispatch"
+        counter.backend = "varlen" if varlen_available(query) else "loop"
     out = parts.restore(out, 2)
     return (out, parts.restore(lse, 2)) if return_lse else out
 

@@ -96,7 +96,8 @@ def _own_attention(
     return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
-def _varlen_available(query: torch.Tensor) -> bool:
+def varlen_available(query: torch.Tensor) -> bool:
+    """Whether selected pairs run in one variable-length flash attention call; otherwise one call per chosen block."""
     return query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
 
 
@@ -252,7 +253,7 @@ class PairAttention(torch.autograd.Function):
         flat_q, flat_k, flat_v = (t.reshape(-1, dim) for t in (q, k, v))
         out, lse = out.reshape(-1, dim), lse.reshape(-1)
         if pairs.total:
-            foreign = _foreign_varlen if _varlen_available(query) else _foreign_loop
+            foreign = _foreign_varlen if varlen_available(query) else _foreign_loop
             part, part_lse = foreign(flat_q, flat_k, flat_v, boundaries, pairs, scale)
             if pairs.places is None:
                 out, lse = _merge(out, lse, part, part_lse, pairs.rows)

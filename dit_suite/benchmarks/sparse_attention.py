@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.7, 0.8, 0.9])
-    parser.add_argument("--rival-sparsity", type=float, default=0.8, help="sparsity of the rivals; negative: none")
+    parser.add_argument("--rival-sparsity", type=float, nargs="*", default=[0.8], help="of the rivals; nothing: none")
     parser.add_argument(
         "--methods", nargs="+", default=["all"], help="rows of the bundle part, by name or name:sparsity"
     )

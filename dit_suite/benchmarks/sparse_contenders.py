@@ -48,8 +48,7 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
         for order in ("tile", "native")
     ]
     rows.append(Contender("vmoba", "training-free", lambda: VMoBAMethod(VMoBAConfig.training_free(min_tokens=0))))
-    if args.rival_sparsity >= 0:
-        s = args.rival_sparsity
+    for s in args.rival_sparsity:
         rows += [
             Contender("adaspa-block-128", f"sparsity {s:g}", _adaspa(sparsity=s, block_size=128)),
             Contender("adaspa-one-tier", f"sparsity {s:g}", _adaspa(sparsity=s, head_adaptive=False)),

@@ -1,7 +1,8 @@
 """Sparse attention at the sizes people run: full-width layers with random weights on one CUDA device.
 
 The dense side is torch's cuDNN attention. `layer` rows time the attention of one layer; `model` rows time a forward of
-a few full-width layers, so the embeddings weigh more than they do in the whole network.
+a few full-width layers, so the embeddings weigh more than they do in the whole network. Nothing here has been run on a
+GPU yet.
 """
 
 import functools
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_suite.attention.adaspa import AdaSpaConfig
@@ -28,7 +30,6 @@ SHAPES = (
     ("wan2.1-1.3b 720p", (21, 45, 80), 12),
     ("hunyuan 720p", (33, 45, 80), 24),
 )
-_PAPER_BLOCKS = {"block_1d": 3.0, "block_2d": (9, 10), "block_3d": (7, 15, 20), "topk": (2, 10, 9)}
 _BLOCK, _DIM = 128, 128
 
 
@@ -51,8 +52,7 @@ def _layer_rows(name: str, grid: tuple[int, int, int], heads: int, repeats: int)
         runs[f"adaspa {backend} density {density}"] = lambda t=table: block_sparse_attention(
             query, key, value, *t, _BLOCK
         )
-    blocks = _PAPER_BLOCKS if grid == (21, 45, 80) else {}
-    for label, config in (("", VMoBAConfig.training_free(**blocks)), (" trained", VMoBAConfig.trained(**blocks))):
+    for label, config in (("", VMoBAConfig.training_free()), (" trained", VMoBAConfig.trained())):
         runs |= vmoba_runs(query, key, value, grid, config, label)
     times = interleaved(runs, repeats)
     return [
@@ -68,24 +68,46 @@ def _layer_rows(name: str, grid: tuple[int, int, int], heads: int, repeats: int)
     ]
 
 
-def _wan(layers: int) -> torch.nn.Module:
+def _bf16(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def _wan(grid: tuple[int, int, int], layers: int) -> tuple[torch.nn.Module, dict[str, Any]]:
     from diffusers import WanTransformer3DModel
 
     with torch.device("cuda"):
         model = WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=layers)
-    return model.to(torch.bfloat16).eval()
+    return model.to(torch.bfloat16).eval(), {
+        "hidden_states": _bf16(1, 16, grid[0], grid[1] * 2, grid[2] * 2),
+        "encoder_hidden_states": _bf16(1, 512, 4096),
+        "timestep": torch.full((1,), 600.0, device="cuda"),
+    }
+
+
+def _hunyuan(grid: tuple[int, int, int], layers: int) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Of `layers` a third are two-stream blocks and at least one is; the whole network has 20 of 60."""
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    double = max(1, layers // 3)
+    with torch.device("cuda"):
+        model = HunyuanVideoTransformer3DModel(num_layers=double, num_single_layers=max(1, layers - double))
+    return model.to(torch.bfloat16).eval(), {
+        "hidden_states": _bf16(1, 16, grid[0], grid[1] * 2, grid[2] * 2),
+        "encoder_hidden_states": _bf16(1, 256, 4096),
+        "encoder_attention_mask": torch.ones(1, 256, device="cuda", dtype=torch.bfloat16),
+        "pooled_projections": _bf16(1, 768),
+        "guidance": torch.full((1,), 6000.0, device="cuda", dtype=torch.bfloat16),
+        "timestep": torch.full((1,), 600.0, device="cuda"),
+    }
 
 
 @torch.no_grad()
-def _model_rows(grid: tuple[int, int, int], layers: int, repeats: int) -> list[dict[str, Any]]:
-    model = _wan(layers)
+def _model_rows(
+    name: str, build: Callable, grid: tuple[int, int, int], layers: int, repeats: int
+) -> list[dict[str, Any]]:
+    model, given = build(grid, layers)
     for _, module in self_attention_layers(model):
-        module.set_attention_backend("_native_cudnn")
-    given = {
-        "hidden_states": torch.randn(1, 16, grid[0], grid[1] * 2, grid[2] * 2, device="cuda", dtype=torch.bfloat16),
-        "encoder_hidden_states": torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16),
-        "timestep": torch.full((1,), 600.0, device="cuda"),
-    }
+        module.processor._attention_backend = AttentionBackendName("_native_cudnn")
     model.compile_repeated_blocks(dynamic=False)
     methods = {
         "adaspa sparsity 0.8": AdaSpaMethod(AdaSpaConfig(search_steps=(0.0,))),
@@ -107,7 +129,7 @@ def _model_rows(grid: tuple[int, int, int], layers: int, repeats: int) -> list[d
     return [
         {
             "part": "gpu",
-            "what": f"model, {layers} layers of wan2.1-1.3b",
+            "what": f"model, {len(self_attention_layers(model))} layers of {name}",
             "tokens": grid[0] * grid[1] * grid[2],
             "method": method,
             "ms": sorted(t[0] for t in taken)[len(taken) // 2] * 1e3,
@@ -122,4 +144,5 @@ def gpu_rows(layers: int, repeats: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, grid, heads in SHAPES:
         rows += _layer_rows(name, grid, heads, repeats)
-    return rows + _model_rows((21, 45, 80), layers, repeats)
+    rows += _model_rows("wan2.1-1.3b", _wan, (21, 45, 80), layers, repeats)
+    return rows + _model_rows("hunyuan", _hunyuan, (33, 45, 80), layers, repeats)

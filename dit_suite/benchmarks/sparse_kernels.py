@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 
 from dit_suite.attention.adaspa import row_budget
 from dit_suite.attention.block_mass import block_mass
@@ -77,6 +78,11 @@ def vmoba_runs(
     return runs
 
 
+def dense_backend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> str:
+    """The kernel that torch's attention picks for these tensors: what the gains are measured against."""
+    return SDPBackend(torch._fused_sdp_choice(query, key, value)).name
+
+
 def kernel_rows(lengths: list[int], densities: list[float], repeats: int) -> list[dict[str, Any]]:
     """One row per length, density and backend: milliseconds, gain over dense, largest error to the dense mask."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,6 +116,7 @@ def kernel_rows(lengths: list[int], densities: list[float], repeats: int) -> lis
                 "method": backend,
                 "tokens": length,
                 "density": float(density) if density else 1.0,
+                "dense_backend": dense_backend(query, key, value),
                 "ms": statistics.median(t[0] for t in taken) * 1e3,
                 "step_speedup": median_ratio(times["dense"], taken, 0),
                 "step_cpu_speedup": median_ratio(times["dense"], taken, 1),

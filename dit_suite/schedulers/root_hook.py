@@ -4,7 +4,11 @@ diffusers' pipelines announce the guidance branch, and in newer releases the ste
 Where they do, the hook believes them. Where they do not, it counts: a changed timestep is a new step, a repeated one is
 another branch or evaluation of the same step. A run is new where the pipeline's scheduler has got new timesteps, where
 the timestep jumps back against the direction of travel, and after an error in the model. diffusers resets stateful
-hooks at the end of a pipeline call, which ends the run here too.
+hooks at the end of a pipeline call, which ends the run here too. Networks of one pipeline that take over from each
+other (Wan 2.2) are counted together.
+
+Tokens may have timesteps of their own (a given first frame is clean, its timestep is 0; frames may be denoised one
+after the other). A step is then told by their mean, and the timestep published is the largest.
 
 A loop of one's own around a bare model shows none of this when it is left between its first evaluation and the second,
 and the next one starts at the same timestep: call `RootHookHandle.reset` (every plug-in's `reset` does) before it.
@@ -51,7 +55,7 @@ class _Progress:
         self.seen = []
 
     def advance(self, timestep: float, name: str | None, announced_index: int | None) -> "_Progress":
-        """The progress after one more evaluation at `timestep` (a new object where a new run starts)."""
+        """The progress after one more evaluation at a (mean) `timestep`; a new object where a new run starts."""
         if self.timestep is None:
             return self._record(timestep, name, announced_index)
         change = (timestep > self.timestep) - (timestep < self.timestep)
@@ -90,25 +94,49 @@ class _Progress:
         return self.seen[-1]
 
 
-class _StepHook(ModelHook):
-    _is_stateful = True
+class _Runs:
+    """Where the run of each thread stands; the networks of one pipeline have one of these together."""
 
-    def __init__(self, parameters: tuple[str, ...], pipeline: Any) -> None:
-        super().__init__()
-        self.users = 0
-        self.pipeline = pipeline
-        self.manager = StateManager(_NoState)
-        self._parameters = parameters
-        self._progress = threading.local()
-
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self._progress.value = None
-        self.manager.reset()
-        return module
+    def __init__(self) -> None:
+        self.forget()
 
     def forget(self) -> None:
         """Ends the runs of all threads."""
-        self._progress = threading.local()
+        self._local = threading.local()
+
+    @property
+    def progress(self) -> _Progress | None:
+        return getattr(self._local, "progress", None)
+
+    @progress.setter
+    def progress(self, progress: _Progress | None) -> None:
+        self._local.progress = progress
+
+
+class _StepHook(ModelHook):
+    _is_stateful = True
+
+    def __init__(self, parameters: tuple[str, ...]) -> None:
+        super().__init__()
+        self.users = 0
+        self.pipeline: Any = None
+        self.manager = StateManager(_NoState)
+        self.runs = _Runs()
+        self._parameters = parameters
+
+    def join(self, pipeline: Any) -> None:
+        """Takes the steps from a pipeline, in one count with its other networks."""
+        self.pipeline = pipeline
+        for module in getattr(pipeline, "__dict__", {}).values():
+            hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+            other = hooks.get(HOOK_NAME)
+            if other is not None and other is not self and other.pipeline is pipeline:
+                self.runs = other.runs
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.runs.progress = None
+        self.manager.reset()
+        return module
 
     def _announced(self) -> tuple[str | None, int | None, int | None]:
         try:
@@ -123,13 +151,14 @@ class _StepHook(ModelHook):
         timestep = given.get("timestep")
         if timestep is None:
             return None
-        value = float(torch.as_tensor(timestep).flatten()[0])
+        timesteps = torch.as_tensor(timestep).detach().cpu().double()
+        value, mean = float(timesteps.max()), float(timesteps.mean())
         name, index, count = self._announced()
         plan = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
-        progress = getattr(self._progress, "value", None)
+        progress = self.runs.progress
         if progress is None or progress.plan is not plan:
             progress = _Progress(plan)
-        progress = self._progress.value = progress.advance(value, name, index)
+        progress = self.runs.progress = progress.advance(mean, name, index)
         if count is None:
             count = getattr(self.pipeline, "_num_timesteps", None) or (0 if plan is None else len(plan))
         return StepContext(progress.step_index, count, value, progress.branch, progress.evaluation, progress.run)
@@ -144,7 +173,7 @@ class _StepHook(ModelHook):
             with publish_step(context):
                 return self.fn_ref.original_forward(*args, **kwargs)
         except BaseException:
-            self._progress.value = None
+            self.runs.progress = None
             raise
 
 
@@ -157,7 +186,7 @@ class RootHookHandle:
     def reset(self) -> None:
         """The next evaluation starts a new run."""
         if self._module is not None:
-            HookRegistry.check_if_exists_or_initialize(self._module).get_hook(HOOK_NAME).forget()
+            HookRegistry.check_if_exists_or_initialize(self._module).get_hook(HOOK_NAME).runs.forget()
 
     def remove(self) -> None:
         """Gives this handle back; calling it again does nothing."""
@@ -206,9 +235,9 @@ def attach_root_hook(module: torch.nn.Module, pipeline: Any = None) -> RootHookH
         parameters = tuple(inspect.signature(module.forward).parameters)
         if "timestep" not in parameters:
             raise ValueError(f"{type(module).__name__}.forward takes no timestep, so its sampling steps can't be told")
-        hook = _StepHook(parameters, pipeline)
+        hook = _StepHook(parameters)
         registry.register_hook(hook, HOOK_NAME)
     hook.users += 1
     if pipeline is not None:
-        hook.pipeline = pipeline
+        hook.join(pipeline)
     return RootHookHandle(module)

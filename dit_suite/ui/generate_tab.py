@@ -247,8 +247,8 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
                         switch = gr.Checkbox(False, label=row.title, elem_id=f"{media}-{row.name}")
                         tab.plugins[row.name] = (switch, build_controls(row.config_class(), {}))
             upload = gr.File(
-                label="Load settings from a file made here", file_types=[".png", ".mp4"], type="filepath", height=130,
-                elem_id=f"{media}-upload",
+                label="Load settings from a file made here", file_types=[".png", ".mp4", ".gif"], type="filepath",
+                height=130, elem_id=f"{media}-upload",
             )  # fmt: skip
         with gr.Column(scale=3, min_width=320):
             status = gr.Markdown("Ready.", elem_id=f"{media}-status")

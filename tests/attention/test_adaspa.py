@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dit_suite.attention.adaspa import (
     AdaSpaConfig,
@@ -21,7 +22,7 @@ from dit_suite.attention.adaspa import (
     search,
 )
 from dit_suite.attention.block_mass import block_mass
-from dit_suite.attention.block_sparse import block_sparse_attention, mask_from_table
+from dit_suite.attention.block_sparse import block_sparse_attention, count_pairs, mask_from_table
 
 HEAD_0 = [
     [0.60, 0.15, 0.08, 0.07, 0.10],
@@ -310,3 +311,22 @@ def test_triton_search_kernel_on_cuda(dim):
     kernel = block_mass(query, key, lse, 64, impl="triton")
     plain = block_mass(query.float(), key.float(), lse, 64, impl="chunked")
     assert (kernel - plain).abs().max() / plain.max() < 1e-2
+
+
+class _NoFloat64(TorchDispatchMode):
+    """Apple's GPUs have no float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+            raise TypeError(f"{func} made a float64 tensor")
+        return out
+
+
+@pytest.mark.parametrize("row_wise", [True, False])
+def test_tables_are_made_without_float64(row_wise):
+    mass = torch.rand(1, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+    with _NoFloat64():
+        table, counts = build_table(mass, torch.full((1, 2), 0.5), row_wise=row_wise)
+        # 3 of 6 blocks of 8 tokens in each of 6 rows and 2 heads, whichever they are
+        assert count_pairs(table, counts, 48, 48, 8) == 3 * 6 * 2 * 64

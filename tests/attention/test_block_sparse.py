@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dit_suite.attention import backend_flex
 from dit_suite.attention.block_sparse import (
     WorkCounter,
     block_count,
@@ -196,6 +197,40 @@ def test_bad_input_is_one_sentence():
         block_sparse_attention(query, key, value, table, counts, 8)
     with pytest.raises(ValueError, match="no backward on CPU"):
         block_sparse_attention(query.requires_grad_(), key, value, table, counts, 16, backend="flex")
+
+
+def test_flex_is_refused_where_torch_does_not_compile():
+    query, key, value = _tensors(1, 1, 32, 32, 16)
+    table, counts, _ = _random_table(1, 1, 32, 32, 16, 0.5)
+    assert not backend_flex.compilation_is_off()
+    assert not torch.compiler.disable(backend_flex.compilation_is_off)()  # how the plug-in's backend is called
+    for off in (torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(disable=True)):
+        with off:
+            with pytest.raises(ValueError, match="compilation is switched off"):
+                block_sparse_attention(query, key, value, table, counts, 16, backend="flex")
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="ignores block tables"):
+        backend_flex.flex_attention_tables(query, key, value, table, counts, 16, 1.0, return_lse=False)
+    torch._dynamo.reset()
+
+
+def test_flex_never_turns_eager_after_many_variants(monkeypatch):
+    """Torch gives up on a function after 8 variants and runs it eagerly, which here would be dense attention."""
+    compiled = torch.compile(backend_flex._flex, dynamic=False, fullgraph=True, backend="eager")
+    monkeypatch.setattr(backend_flex, "_compiled_flex", lambda: compiled)
+
+    def run(length):
+        query, key, value = _tensors(1, 1, length, length, 16)
+        table, counts, _ = _random_table(1, 1, length, length, 16, 1.0)
+        return backend_flex.flex_attention_tables(query, key, value, table, counts, 16, 0.25, return_lse=False)
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        for blocks in range(1, 10):
+            run(16 * blocks)
+        monkeypatch.setattr(backend_flex, "_VARIANTS", 9)
+        with pytest.raises(Exception, match="fullgraph"):
+            run(16 * 10)
+    torch._dynamo.reset()
 
 
 @pytest.mark.skipif(

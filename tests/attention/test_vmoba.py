@@ -313,3 +313,21 @@ def test_bad_options_and_grids():
         vmoba_attention(*_qkv(), (2, 2, 2), VMoBAConfig(), 0)
     with pytest.raises(ValueError, match="holds no token"):
         partition((2, 2, 2), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("grid", "blocks", "kept"),
+    [
+        ((21, 30, 52), (7, 24, 72), (2, 6, 18)),
+        ((21, 45, 80), (7, 40, 36), (2, 10, 9)),
+        ((24, 36, 64), (8, 48, 72), (2, 12, 18)),
+        ((36, 30, 52), (12, 24, 36), (3, 6, 9)),
+    ],
+)
+def test_training_free_has_the_papers_blocks_on_its_grids(grid, blocks, kept):
+    """Table 4 of the paper; it gives k for the first two grids only, the others are a quarter of the blocks."""
+    config = VMoBAConfig.training_free()
+    counts = tuple(partition(grid, config.block(grid, kind)).num_blocks for kind in (1, 2, 3))
+    assert counts == blocks
+    assert tuple(config.kept_blocks(kind, count) for kind, count in zip((1, 2, 3), counts, strict=True)) == kept
+    assert VMoBAConfig(block_2d=(2, 2)).block(grid, 2) == (2, 2)

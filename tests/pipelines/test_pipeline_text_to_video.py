@@ -281,3 +281,24 @@ def test_bundle_denoises_towards_its_prompt():
         ).sample
     error = (0.5 * clean + 0.5 * noise - 0.5 * velocity - clean).pow(2).mean()
     assert error < 0.1 * (0.5 * (noise - clean)).pow(2).mean()
+
+
+def test_start_image_in_the_latent_space_of_a_vae():
+    """The mask has one channel per frame of a latent frame; the clip is the encoded frame, grey after, normalised."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+    pipe = TextToVideoPipeline(
+        _transformer(in_channels=36, out_channels=16), FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae
+    )
+    image = PIL.Image.new("RGB", (32, 16), (255, 0, 0))
+    with torch.no_grad():
+        condition = pipe.prepare_image_condition(image, 2, 5, 16, 32, torch.device("cpu"))
+        clip = torch.zeros(2, 3, 5, 16, 32)
+        clip[:, :, 0] = torch.tensor([1.0, -1.0, -1.0])[:, None, None]
+        latent = vae.encode(clip).latent_dist.mode()
+    mean, std = (torch.tensor(vae.config[n]).view(1, -1, 1, 1, 1) for n in ("latents_mean", "latents_std"))
+    assert condition.shape == (2, 4 + 16, 2, 2, 4)
+    assert condition[:, :4, 0].min() == 1 and condition[:, :4, 1].abs().max() == 0
+    assert torch.allclose(condition[:, 4:], (latent - mean) / std, atol=1e-5)

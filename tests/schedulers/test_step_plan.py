@@ -1,6 +1,7 @@
 """The step context: isolation between calls, plans, and the hook that fills it for diffusers' own pipelines."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -147,6 +148,51 @@ def test_hook_believes_an_announced_step():
             with model.cache_context("cond", step_index=index, num_inference_steps=3):
                 model(x, torch.tensor([t]), text)
     assert [(c.step_index, c.num_steps, c.evaluation) for c in calls] == [(0, 3, 0), (1, 3, 0), (2, 3, 0)]
+
+
+def test_hook_reads_the_step_from_tokens_of_their_own_timesteps():
+    """Image to video: the first frame is clean, so the first tokens' timestep is 0 throughout."""
+    model, calls = tiny_wan(), []
+    attach_root_hook(model)
+    record(model, calls)
+    x, text = torch.zeros(2, 4, 2, 4, 4), torch.zeros(2, 3, 16)
+    own = torch.tensor([0.0] * 4 + [1.0] * 4).expand(2, 8)
+    with torch.no_grad():
+        for t in (900.0, 500.0, 100.0):
+            model(x, own * t, text)
+    assert [(c.step_index, c.timestep) for c in calls] == [(0, 900.0), (1, 500.0), (2, 100.0)]
+
+
+def test_hook_counts_steps_of_frames_that_are_denoised_one_after_the_other():
+    """Diffusion forcing: the last frame waits at its first timestep, the first one at its last."""
+    model, calls = tiny_wan(), []
+    attach_root_hook(model)
+    record(model, calls)
+    x, text = torch.zeros(1, 4, 2, 4, 4), torch.zeros(1, 3, 16)
+    with torch.no_grad():
+        for first, second in ((900.0, 900.0), (500.0, 900.0), (0.0, 900.0), (0.0, 500.0)):
+            for _ in range(2):
+                model(x, torch.tensor([first] * 4 + [second] * 4)[None], text)
+    assert [(c.step_index, c.branch) for c in calls] == [(i, b) for i in range(4) for b in ("batched", "uncond")]
+
+
+def test_networks_of_one_pipeline_are_counted_together():
+    first, second, calls = tiny_wan(), tiny_wan(), []
+    pipe = SimpleNamespace(transformer=first, transformer_2=second, scheduler=DDIMScheduler())
+    pipe.scheduler.set_timesteps(4)
+    handles = [attach_root_hook(model, pipe) for model in (first, second)]
+    for model in (first, second):
+        record(model, calls)
+    x, text = torch.zeros(1, 4, 1, 4, 4), torch.zeros(1, 3, 16)
+    with torch.no_grad():
+        for i, t in enumerate(pipe.scheduler.timesteps):
+            (first if i < 2 else second)(x, t[None], text)
+    assert [(c.step_index, c.num_steps) for c in calls] == [(i, 4) for i in range(4)]
+    assert len({c.run for c in calls}) == 1
+    handles[1].reset()
+    with torch.no_grad():
+        first(x, pipe.scheduler.timesteps[:1], text)
+    assert calls[-1].step_index == 0 and calls[-1].run is not calls[0].run
 
 
 def test_our_pipelines_context_wins_over_the_hook():

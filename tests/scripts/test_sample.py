@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+from dit_suite.attention import AdaSpaConfig, apply_adaspa
 from dit_suite.converters.acdit import make_scheduler
 from dit_suite.metadata import read_record
 from dit_suite.models.acdit import ACDiTTransformer3DModel
 from dit_suite.pipelines.pipeline_acdit import ACDiTPipeline
+from dit_suite.schedulers.generators import sample_generators
 from dit_suite.video import read_video
 from scripts.sample import main
 from tests.tiny import save_tiny, tiny_text_to_video
@@ -339,3 +341,21 @@ def test_a_cache_from_the_command_line(tmp_path, monkeypatch):
         image = pipe(class_labels=[1], num_inference_steps=10, generator=sample_generators(0, [0]), output_type="np")
     assert np.array_equal(to_uint8(image.images)[0], pictures[1])
     assert main([*call, "--accelerate", "bac:budget=5", "--output", str(tmp_path / "refused")]) == 2
+
+
+def test_adaspa_from_the_command_line(tmp_path):
+    """A clip made with the plug-in is the clip the library makes with it."""
+    options = "adaspa:sparsity=0.75,block_size=16,search_steps=0,min_tokens=0"
+    clips = {}
+    for name, flags in (("plain", ()), ("sparse", ("--accelerate", options))):
+        output = ["--output", str(tmp_path / name), "--num-inference-steps", "3", *flags]
+        assert main(video_command(tmp_path, 3, *output)) == 0
+        clips[name] = np.asarray(read_video(tmp_path / name / "000000.gif"))
+    assert not np.array_equal(clips["plain"], clips["sparse"])
+    pipe = tiny_text_to_video(3)
+    pipe.set_progress_bar_config(disable=True)
+    config = AdaSpaConfig(sparsity=0.75, block_size=16, search_steps=(0.0,), min_tokens=0)
+    with apply_adaspa(pipe, config) as handle:
+        frames = pipe("red sun", num_inference_steps=3, generator=sample_generators(0, [0]), output_type="np").frames[0]
+        assert handle.stats()["sparse_calls"] > 0
+    assert np.abs(clips["sparse"].astype(float) - frames * 255).mean() < 4  # a GIF has 256 colours

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from dit_suite.data.captions import save_states
 from dit_suite.data.procedural import COLORS, SHAPES
@@ -209,12 +210,23 @@ def test_sets_without_captions_are_refused(tmp_path):
         Trainer(config_from_dict(values))
 
 
-def test_sparse_attention_while_training_changes_the_loss_and_leaves_no_trace(tmp_path):
+@pytest.fixture
+def another_precision():
+    """accelerate allows one precision per process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_sparse_attention_while_training_changes_the_loss_and_leaves_no_trace(tmp_path, precision, another_precision):
     states = _states(tmp_path / "captions.safetensors")
     sparse = {"topk": [1, 1, 1], "block_1d": 1.0, "block_2d": [1, 2], "block_3d": [2, 1, 1], "min_tokens": 1}
     losses = {}
-    for name, attention in (("dense", "none"), ("sparse", {"name": "vmoba", "options": sparse})):
+    whole = {"name": "vmoba", "options": {"select": "threshold", "pool": "head_global", "tau": 1.0, "min_tokens": 1}}
+    for name, attention in (("dense", "none"), ("sparse", {"name": "vmoba", "options": sparse}), ("whole", whole)):
         values = {**tiny_values(tmp_path / name, max_steps=3, batch_size=4), **CASES["wan"], "attention": attention}
+        values["run"] = {**values["run"], "precision": precision}
         values["condition"] = {"states": str(states), "max_length": 6}
         values["data"] = {**values["data"], "captions": [1.0]}
         Trainer(config_from_dict(values)).run()
@@ -223,6 +235,7 @@ def test_sparse_attention_while_training_changes_the_loss_and_leaves_no_trace(tm
 
         assert load_pipeline(tmp_path / name / "checkpoint").transformer.config.num_layers == 2
     assert losses["dense"] != losses["sparse"] and abs(losses["dense"][0] - losses["sparse"][0]) < 1.0
+    assert losses["whole"] == pytest.approx(losses["dense"], abs=1e-5 if precision == "no" else 5e-3)
 
 
 @pytest.mark.parametrize("case", ["dit-v", "switch-dit", "pixart"])
