@@ -1,10 +1,12 @@
 """What the pipelines share: callbacks, common checks, initial noise, text and class conditions, decoding."""
 
+import contextlib
 import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers import CacheMixin, ModelMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 
@@ -176,6 +178,11 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def cache_context(model: ModelMixin, branch: str) -> contextlib.AbstractContextManager:
+    """Tells diffusers' own caches which guidance branch runs, where the class supports them."""
+    return model.cache_context(branch) if isinstance(model, CacheMixin) else contextlib.nullcontext()
 
 
 def initial_noise(shape: tuple[int, ...], device: torch.device, generator: Generators) -> torch.Tensor:

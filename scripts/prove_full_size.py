@@ -221,8 +221,8 @@ def sample_pt_dit(folder: Path, parts: Path) -> tuple[torch.nn.Module, Any]:
         prediction_type="flow_prediction",
         max_sequence_length=120,
     )
-    return model, pipe("a red apple", num_inference_steps=1, height=256, width=256, generator=_generator(),
-                       output_type="np").images  # fmt: skip
+    return model, pipe("a red apple", num_inference_steps=1, height=256, width=256, schedule="resolution",
+                       generator=_generator(), output_type="np").images  # fmt: skip
 
 
 def _generator() -> torch.Generator:

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ from dit_suite.models.pt_dit import (
 )
 from dit_suite.models.pt_dit_lean import can_run_lean
 from dit_suite.models.shifted_windows import Reorder, window_layout
-from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp, warped_timesteps
+from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp
 
 FIXTURES = sorted((Path(__file__).parents[1] / "golden").glob("pt_dit_*.safetensors"))
 
@@ -90,7 +89,8 @@ def test_golden_output_of_lean_blocks(path, monkeypatch):
     tensors, config = read_fixture(path)
     given, model = section(tensors, "input"), golden.build(tensors, config)
     out = model(given["latent"], given["text_embeds"], given["timestep"], encoder_attention_mask=given["text_mask"])
-    torch.testing.assert_close(out.sample, tensors["output.model"], atol=golden.FORWARD_TOLERANCE, rtol=0)
+    made = golden.as_released(out.sample, model.config.in_channels)
+    torch.testing.assert_close(made, tensors["output.model"], atol=golden.FORWARD_TOLERANCE, rtol=0)
 
 
 def test_the_golden_check_notices_a_changed_weight():
@@ -209,11 +209,22 @@ def test_proxy_modes():
 def test_random_proxies_pick_every_position_about_equally():
     block = tiny(proxy_mode="random").transformer_blocks[0]
     fixed = block.scattered_positions(16000, 16, torch.device("cpu"))
-    drawn = block.train().pick_member(torch.arange(16.0).expand(16000, 16)[..., None], 0)[:, 0].long()
+    drawn = block.train().pick_member(torch.arange(16.0).expand(1, 16000, 16)[..., None], 0).flatten().long()
     for chosen in (fixed, drawn):
         assert (torch.bincount(chosen, minlength=16) - 1000).abs().max() < 200
     other = tiny(proxy_mode="random").transformer_blocks[1].scattered_positions(64, 16, torch.device("cpu"))
     assert not torch.equal(other, fixed[:64])
+
+
+def test_random_proxies_of_evaluation_are_those_of_every_row():
+    """Guidance puts the same picture into two rows, which must see the same proxies; training draws for each."""
+    block = tiny(proxy_mode="random").transformer_blocks[0]
+    tokens = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1)
+    proxies = block.extract_proxies(tokens, (1, 4, 4), (1, 4, 4))
+    assert torch.equal(proxies[0], proxies[1])
+    assert torch.equal(proxies[:1], block.extract_proxies(tokens[:1], (1, 4, 4), (1, 4, 4)))
+    drawn = torch.stack([block.train().extract_proxies(tokens, (1, 4, 4), (1, 4, 4)) for _ in range(4)])
+    assert not torch.equal(drawn[:, 0], drawn[:, 1])
 
 
 def test_finer_proxies_interleaved_and_contiguous():
@@ -273,6 +284,10 @@ def test_several_sizes_in_one_process_and_sizes_that_do_not_fit():
         model(**inputs(size=(16, 24)))
     with pytest.raises(ValueError, match="height 8, which is not a multiple of the window ratio 3"):
         model(**small, compress_ratios=(1, 3, 2))
+    finer = tiny(proxy_compress_ratios=(1, 2, 2))
+    assert finer.resolve_windows((1, 8, 8), (1, 8, 4))[1] == (1, 2, 2), "windows of a call keep the finer proxies"
+    with pytest.raises(ValueError, match=r"windows of \(1, 1, 4\) tokens are not made of proxies of \(1, 2, 2\)"):
+        finer(**small, compress_ratios=(1, 1, 4))
     with pytest.raises(ValueError, match="multiples of the patch size 2, got 15 x 16"):
         model(**inputs(size=(15, 16)))
 
@@ -391,10 +406,9 @@ def test_parameter_counts(size, millions):
 
 def test_timestep_warp():
     assert resolution_warp(512, 512) == 1 and resolution_warp(1024, 1024) == 2
-    assert warped_timesteps(2, 2.0)[1].item() == pytest.approx(1000 * 2 / 3)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    scheduler.set_timesteps(sigmas=flow_sigmas(7))
-    torch.testing.assert_close(scheduler.timesteps, warped_timesteps(7, 2.0), atol=1e-3, rtol=0)
+    scheduler.set_timesteps(sigmas=flow_sigmas(2))
+    assert scheduler.timesteps.tolist() == pytest.approx([1000, 1000 * 2 / 3])
     assert scheduler.sigmas[0] == 1 and scheduler.sigmas[-1] == 0
 
 
@@ -402,14 +416,12 @@ def test_timestep_warp():
 def test_sampling_a_constant_velocity_adds_it_once(guidance):
     """Fact 15: the steps sum to one, and guidance 1 is the conditional branch."""
     tensors, config = read_fixture(next(path for path in FIXTURES if path.stem == "pt_dit_image"))
-    velocities = torch.tensor([0.7, -0.2]).reshape(2, 1, 1, 1, 1)
+    velocities = torch.tensor([-0.2, 0.7]).reshape(2, 1, 1, 1)
 
-    def constant(latents, *given, **more):
-        return SimpleNamespace(sample=velocities.expand_as(latents))
-
-    constant.config = SimpleNamespace(in_channels=4)
-    made = golden.sample(constant, tensors, config["sample"] | {"cfg_scale": guidance})["sample_final"]
-    wanted = tensors["input.sample_noise"] - 0.2 + guidance * 0.9
+    model = golden.build(tensors, config)
+    model.forward = lambda latents, *given, **more: (velocities[-len(latents) :].expand_as(latents),)
+    made = golden.sample(model, tensors, config["sample"] | {"cfg_scale": guidance})["sample_final"]
+    wanted = tensors["input.sample_noise"] - (-0.2 + guidance * 0.9)
     torch.testing.assert_close(made, wanted, atol=1e-5, rtol=0)
 
 
@@ -422,6 +434,8 @@ def test_converter_is_strict(tmp_path):
     back = model.state_dict()
     assert len(back) == len(weights) - 1
     assert all(torch.equal(back[ours], value) for ours, value in converter.convert_keys(weights).items())
+    turned = back["proj_out.bias"] / weights["proj_out.bias"]
+    assert turned.reshape(4, 8).tolist() == [[-1.0] * 4 + [1.0] * 4] * 4, "x0 - noise becomes noise - x0"
     for name, change in {"extra.weight": torch.zeros(1), "proj_out.bias": None}.items():
         broken = {key: value for key, value in weights.items() if key != name}
         save_file(broken if change is None else broken | {name: change}, tmp_path / "broken.safetensors")
