@@ -38,10 +38,10 @@ def forward_values(model: SwitchDiTTransformer2DModel, inputs: Tensors) -> dict[
     timestep = inputs["t"]
     original = model.mixture
 
-    def keep_block(layer, hidden_states, conditioning, time_embedding, steps, merged):
-        out = type(model).run_block(model, layer, hidden_states, conditioning, time_embedding, steps, merged)
+    def keep_block(layer, hidden_states, conditioning, time_embedding, steps, plan):
+        out = type(model).run_block(model, layer, hidden_states, conditioning, time_embedding, steps, plan)
         if model.routers:
-            mask = 1 + original(layer, hidden_states, time_embedding, merged)
+            mask = 1 + original(layer, hidden_states, time_embedding, plan)
             values.setdefault(f"router_{layer}.mask", mask)
         values.setdefault(f"block_{layer}", out)
         return out
@@ -57,7 +57,7 @@ def forward_values(model: SwitchDiTTransformer2DModel, inputs: Tensors) -> dict[
     embedding = model.time_embed(timestep)
     values["c"] = embedding + model.label_embed(inputs["y"])
     for layer, router in enumerate(model.routers):
-        probabilities = router.probabilities(embedding)
+        probabilities = router(embedding, output="probabilities")
         gates, order = probabilities.sort(dim=-1, descending=True, stable=True)
         values[f"router_{layer}.probs"] = probabilities
         values[f"router_{layer}.topk_gates"] = gates[:, : router.num_active]
