@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,37 @@ def test_window_of_one_token_makes_proxies_the_tokens():
     assert torch.equal(block.extract_proxies(tokens, (1, 1, 1), (1, 1, 1)), tokens)
     one = tokens.reshape(32, 1, 32)
     torch.testing.assert_close(block.attn1(one), block.attn1.to_out[0](block.attn1.to_v(one)), atol=1e-6, rtol=0)
+    attended = tokens + block.proxy_attn1(block.norm_proxy(tokens))
+    read = block.pvisual_attn2(block.norm_visual(tokens), block.norm_injected(attended))
+    injected = tokens + read @ block.linear_1_visual.weight.T + block.linear_1_visual.bias
+    torch.testing.assert_close(block.interact_globally(tokens, tokens), injected, atol=1e-6, rtol=0)
+    alone = awake(tiny(shift_window=False)).transformer_blocks[0]
+    layout = window_layout((1, 4, 4), (1, 1, 1), (1, 1, 1), (0, 0, 0), tokens.device)
+    shift, scale, gate = alone.scale_shift_table[:3]
+    through = alone.interact_globally(tokens, tokens)
+    values = alone.attn1.to_out[0](alone.attn1.to_v(alone.norm1(through) * (1 + scale) + shift))
+    made = alone.attend(tokens, torch.zeros(1, 6, 32), layout)
+    torch.testing.assert_close(made, through + gate * values, atol=1e-5, rtol=0)
     assert model(**inputs(), compress_ratios=(1, 1, 1)).sample.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_score_matrices_of_a_block(window):
+    """Fact 8, memory: P^2 + N P + 2 N p scores a head where full attention has N^2."""
+    block = awake(tiny(num_layers=1)).transformer_blocks[0]
+    scores, sizes = [], {}
+    for name in ("proxy_attn1", "pvisual_attn2", "attn1", "attn3"):
+        attention = getattr(block, name)
+        attention.to_q.register_forward_hook(lambda module, args, out: sizes.update(q=out.shape))
+        attention.to_k.register_forward_hook(lambda module, args, out: sizes.update(k=out.shape))
+        attention.register_forward_hook(
+            lambda *_: scores.append(sizes["q"][0] * sizes["q"][1] * sizes["k"][1]) or sizes.clear()
+        )
+    ratios = (1, window, window)
+    layout = window_layout((1, 8, 8), ratios, ratios, (0, window // 2, window // 2), torch.device("cpu"))
+    block.attend(torch.randn(1, 64, 32), torch.zeros(1, 6, 32), layout)
+    tokens, size = 64, window**2
+    assert sum(scores) == (tokens // size) ** 2 + tokens * tokens // size + 2 * tokens * size
 
 
 def test_one_window_injects_one_vector_into_every_token():
@@ -441,6 +472,47 @@ def test_converter_is_strict(tmp_path):
         save_file(broken if change is None else broken | {name: change}, tmp_path / "broken.safetensors")
         with pytest.raises(ConversionError, match=name):
             converter.convert(tmp_path / "broken.safetensors", arguments)
+
+
+@torch.no_grad()
+def test_size_conditions_of_the_1024_px_layout(tmp_path):
+    """PixArt's embeddings of height, width and aspect ratio: a third of the width each, added to the time embedding,
+    nothing in a fresh network; the converter finds them by their names."""
+    shape = {"attention_head_dim": 24, "use_additional_conditions": True}
+    added = {"resolution": torch.tensor([[512.0, 1024.0], [64.0, 64.0]]), "aspect_ratio": torch.tensor([[0.5], [1.0]])}
+    given = inputs() | {"added_cond_kwargs": added}
+    fresh = tiny(**shape)
+    fresh.proj_out.weight.normal_()
+    plain = tiny(attention_head_dim=24)
+    plain.load_state_dict(fresh.state_dict(), strict=False)
+    torch.testing.assert_close(fresh(**given).sample, plain(**inputs()).sample, atol=1e-5, rtol=0)
+
+    model = awake(fresh)
+    seen = []
+    model.adaln_single.register_forward_hook(lambda module, args, out: seen.append(out[1]))
+    wanted_sample = model(**given).sample
+    embedder = model.adaln_single.emb
+
+    def features(values):
+        angles = values[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    resolution = embedder.resolution_embedder(features(added["resolution"].flatten())).reshape(2, 32)
+    sizes = torch.cat([resolution, embedder.aspect_ratio_embedder(features(added["aspect_ratio"].flatten()))], dim=1)
+    wanted = embedder.timestep_embedder(features(given["timestep"])) + sizes
+    torch.testing.assert_close(seen[0], wanted, atol=1e-4, rtol=1e-4)
+
+    def renamed(tensors):
+        return {key.replace("patch_embed.proj", "pos_embed.proj"): value for key, value in tensors.items()}
+
+    names = renamed(converter.convert_keys(renamed(model.state_dict())))  # turning the sign undoes itself
+    assert names["adaln_single.emb.resolution_embedder.linear_1.weight"].shape == (16, 256)
+    save_file({key: value.contiguous() for key, value in names.items()}, tmp_path / "model.safetensors")
+    arguments = argparse.Namespace(heads=2, sample_size=16)
+    converted = converter.convert(tmp_path / "model.safetensors", arguments)
+    assert converted.config.use_additional_conditions
+    made = converted(**given, compress_ratios=(1, 4, 4)).sample
+    torch.testing.assert_close(made, wanted_sample, atol=1e-5, rtol=0)
 
 
 def test_gradients_reach_every_parameter_and_checkpointing_changes_nothing():

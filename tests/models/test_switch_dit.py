@@ -74,6 +74,12 @@ def test_the_golden_check_notices_swapped_expert_axes():
     assert "router_0.mask" in failed and "router_0.probs" not in failed
 
 
+def test_the_golden_check_names_outputs_that_it_does_not_compare():
+    tensors, config = read_fixture(FOLDER / "switch_dit_dtr.safetensors")
+    with pytest.raises(ValueError, match="nothing is compared with block_9"):
+        golden.check(tensors | {"output.block_9": torch.zeros(1)}, config)
+
+
 def test_zero_experts_and_full_channels_are_the_plain_dit():
     """Fact 2, and the plain twin is the suite's DiT with the same weights."""
     plain = tiny(routing="none")
@@ -290,6 +296,9 @@ def test_prior_loss_of_uniform_and_of_perfect_gates():
     assert uniform.tolist() == pytest.approx([0.1323] * 3, abs=1e-4)
     assert uniform_gate_divergence(3, 2) == pytest.approx(0.1323, abs=1e-4)
     assert uniform_gate_divergence(4, 2) == pytest.approx(0.2158, abs=1e-4)
+    assert uniform_gate_divergence(3, 1) == pytest.approx(0.3182, abs=1e-4)
+    one_of_three = diffusion_prior(1000, 4, 3, 1)[t]
+    assert prior_loss(torch.full((3, 4, 3), 1 / 3), one_of_three).tolist() == pytest.approx([0.3182] * 3, abs=1e-4)
     shuffle = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     assignment, cost = match_units(prior[:, shuffle].bool(), prior)
     assert cost == 0
@@ -390,7 +399,13 @@ def test_fresh_model_outputs_zero_and_unconditional_table_has_one_row():
 
 
 @pytest.mark.parametrize(
-    "size,dit,total", [("S", 32_865_056, 38_201_156), ("B", 130_315_808, 151_604_804), ("XL", 674_834_720, 786_505_076)]
+    "size,dit,total",
+    [
+        ("S", 32_865_056, 38_201_156),
+        ("B", 130_315_808, 151_604_804),
+        ("L", 457_840_672, 533_485_672),
+        ("XL", 674_834_720, 786_505_076),
+    ],
 )
 def test_parameter_counts(size, dit, total):
     with init_empty_weights():
