@@ -23,6 +23,7 @@ from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
 from dit_suite.pipelines.sampling_mixins import (
     ClassLabelsMixin,
     LatentImagesMixin,
+    LoraMixin,
     SamplingMixin,
     cache_context,
     check_positive,
@@ -51,7 +52,7 @@ def read_labels(path: str | Path) -> dict[str, str]:
     return table
 
 
-class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline):
+class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline, LoraMixin):
     """Generates pictures of classes, in pixel space (no `vae`) or in the latent space of any diffusers VAE.
 
     Args:

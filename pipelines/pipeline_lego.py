@@ -8,7 +8,13 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from dit_suite.models.lego import LegoTransformer2DModel
-from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, LatentImagesMixin, SamplingMixin, initial_noise
+from dit_suite.pipelines.sampling_mixins import (
+    ClassLabelsMixin,
+    LatentImagesMixin,
+    LoraMixin,
+    SamplingMixin,
+    initial_noise,
+)
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
@@ -46,7 +52,7 @@ def window_weights(window: int, device: torch.device, dtype: torch.dtype) -> tor
     return ramp[:, None] * ramp[None]
 
 
-class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline):
+class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline, LoraMixin):
     """Generates pictures of classes, or without condition, on any canvas.
 
     Args:

@@ -14,12 +14,12 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
 from dit_suite.models.pt_dit import PTDiTTransformer3DModel
 from dit_suite.pipelines.sampling_mixins import (
     LatentImagesMixin,
+    LoraMixin,
     PromptMixin,
     SamplingMixin,
     cache_context,
@@ -40,7 +40,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 SCHEDULES = ("scheduler", "resolution")
 
 
-class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin):
+class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline, LoraMixin):
     """Generates pictures from text, in pixel space (no `vae`) or in the latent space of any diffusers VAE.
 
     Args:
@@ -82,15 +82,6 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
             text_encoder_source=text_encoder_source,
         )
         self.attach_image_processor()
-
-    @classmethod
-    def load_lora_into_transformer(cls, state_dict: dict[str, torch.Tensor], transformer: ModelMixin, **kwargs) -> None:
-        """Injects LoRA weights; a diffusers class without the adapter mixin (PixArt) gets it for this instance."""
-        if not isinstance(transformer, PeftAdapterMixin):
-            base = type(transformer)
-            namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
-            transformer.__class__ = type(base.__name__, (base, PeftAdapterMixin), namespace)
-        super().load_lora_into_transformer(state_dict, transformer, **kwargs)
 
     def check_inputs(
         self,

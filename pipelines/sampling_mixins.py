@@ -9,6 +9,7 @@ import torch
 from diffusers import CacheMixin, ModelMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 
 from dit_suite.schedulers.generators import randn_per_sample
 
@@ -104,6 +105,20 @@ class LatentImagesMixin:
 
     def _default_size(self) -> int:
         return self.transformer.config.sample_size * self.vae_scale_factor
+
+
+class LoraMixin(SanaLoraLoaderMixin):
+    """For a `DiffusionPipeline` with a `transformer`: `load_lora_weights`, `unload_lora_weights`, `fuse_lora` and
+    `set_adapters` of diffusers, for weights named `transformer.*`."""
+
+    @classmethod
+    def load_lora_into_transformer(cls, state_dict: dict[str, torch.Tensor], transformer: ModelMixin, **kwargs) -> None:
+        """Injects LoRA weights; a diffusers class without the adapter mixin gets it for this instance."""
+        if not isinstance(transformer, PeftAdapterMixin):
+            base = type(transformer)
+            namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
+            transformer.__class__ = type(base.__name__, (base, PeftAdapterMixin), namespace)
+        super().load_lora_into_transformer(state_dict, transformer, **kwargs)
 
 
 class PromptMixin:

@@ -4,9 +4,13 @@ import argparse
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from dit_suite.benchmarks import backbones
+from dit_suite.benchmarks.trained_backbones import evaluation_cost
+from dit_suite.models.dit import DiTModel
 from dit_suite.models.pt_dit import attention_mac_share
+from dit_suite.pipelines.pipeline_class_to_image import ClassToImagePipeline
 
 
 def options(*given: str) -> argparse.Namespace:
@@ -34,6 +38,29 @@ def test_the_break_even_size_is_the_first_cheaper_one():
     args = options("--layers", "1")
     found = backbones.break_even_row(args)
     assert found["setting"] == "break-even at 640 px (width 288)" and found["total_percent"] < 100
+
+
+def test_the_cost_of_an_evaluation_is_the_networks_first_one():
+    """FLOPs as on the meta device, for the batch of two that guidance asks for; the clock runs as often as told."""
+
+    def make():
+        torch.manual_seed(0)
+        return DiTModel(8, 2, 3, 2, 2, 8, num_classes=4, learn_sigma=False).eval()
+
+    pipe = ClassToImagePipeline(make(), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    sample = lambda: pipe([1], num_inference_steps=2, output_type="latent")  # noqa: E731
+    cost = evaluation_cost(pipe.transformer, sample, 3, "cpu")
+    assert len(calls) == 2 + 1 + 1 + 3 and cost["evaluation_s"] > 0
+
+    def call():
+        model = make()
+        return lambda: model(torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.zeros(2).long())
+
+    attention, total = backbones.count_flops(call)
+    assert attention > 0 and cost["evaluation_gflops"] == pytest.approx(total, rel=1e-9)
 
 
 def test_rounds_turn_the_order():

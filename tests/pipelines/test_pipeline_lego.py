@@ -24,6 +24,7 @@ from dit_suite.pipelines.pipeline_lego import (
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.schedulers.step_plan import current_step
+from tests.tiny import save_lora
 
 FOLDER = Path(__file__).parents[1] / "golden"
 SIZES = {"PG": (4, 8, 16), "PR": (16, 8, 4), "U": (16, 4, 16)}
@@ -313,6 +314,16 @@ def test_outputs_and_round_trip(tmp_path):
     again.set_progress_bar_config(disable=True)
     same = again("dog", num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
     assert np.array_equal(array, same)
+
+
+def test_lora_changes_the_picture_and_comes_off(tmp_path):
+    pipe = make()
+    before = run(pipe)
+    save_lora(make().transformer, tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    assert (run(pipe) - before).abs().max() > 1e-2
+    pipe.unload_lora_weights()
+    assert torch.equal(run(pipe), before)
 
 
 def test_callbacks_and_interruption():

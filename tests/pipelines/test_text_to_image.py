@@ -13,14 +13,12 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from safetensors.torch import save_file
 
 from dit_suite.models.pt_dit import PTDiTTransformer3DModel
 from dit_suite.schedulers.diffusers_schedulers import build_scheduler
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.schedulers.step_plan import current_step
-from tests.tiny import tiny_pixart, tiny_text_to_image
+from tests.tiny import save_lora, tiny_pixart, tiny_text_to_image
 
 PROMPT = "red apple , flat style"
 
@@ -317,14 +315,7 @@ def test_other_sizes(pipe):
 def test_lora_changes_the_picture_and_comes_off(tmp_path):
     pipe = tiny_text_to_image()
     before = sample(pipe)
-    config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
-    donor = inject_adapter_in_model(config, tiny_pixart())
-    for name, parameter in donor.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
-    weights = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(donor).items()}
-    save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
-
+    save_lora(tiny_pixart(), tmp_path)
     pipe.load_lora_weights(tmp_path)
     with torch.no_grad():
         assert not torch.allclose(sample(pipe), before)
