@@ -72,12 +72,12 @@ def test_rounds_turn_the_order():
 
 
 def test_one_switch_row(monkeypatch):
-    """The merged experts add 7.6 % of the FLOPs at S/2."""
+    """The merged experts add 7.5 % of the FLOPs at S/2."""
     args = options("--pairs", "1")
     monkeypatch.setattr(backbones, "paired", lambda *given: {"speedup": 0.9, "cpu_speedup": 0.9})
     with torch.no_grad():
         row = backbones.class_rows(args)[0]
-    assert row["total_percent"] == pytest.approx(107.6, abs=0.1)
+    assert row["total_percent"] == pytest.approx(107.5, abs=0.05)
     assert row["params_m"] == pytest.approx(38.2, abs=0.01) and row["baseline_params_m"] == pytest.approx(
         32.87, abs=0.01
     )
