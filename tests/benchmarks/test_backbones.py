@@ -51,7 +51,10 @@ def test_the_cost_of_an_evaluation_is_the_networks_first_one():
     pipe.set_progress_bar_config(disable=True)
     calls = []
     pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
-    sample = lambda: pipe([1], num_inference_steps=2, output_type="latent")  # noqa: E731
+
+    def sample():
+        return pipe([1], num_inference_steps=2, output_type="latent")
+
     cost = evaluation_cost(pipe.transformer, sample, 3, "cpu")
     assert len(calls) == 2 + 1 + 1 + 3 and cost["evaluation_s"] > 0
 
