@@ -21,6 +21,28 @@ class TextToImageOptions(Options):
     guidance_scale: float = option(4.0, "classifier-free guidance; 1 or less turns it off", minimum=0.0, maximum=30.0)
     height: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096, advanced=True)
     width: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096, advanced=True)
+    schedule: str = option(
+        "scheduler",
+        "noise levels: the scheduler's own, or 1 - i/N shifted by the resolution (released PT-DiT)",
+        choices=("scheduler", "resolution"),
+        advanced=True,
+    )
+    shift: float | None = option(
+        None,
+        "how far the noise levels lean to high noise (default: the schedule's)",
+        minimum=0.01,
+        maximum=100.0,
+        advanced=True,
+    )
+
+
+@dataclass(frozen=True)
+class PTDiTOptions(TextToImageOptions):
+    """Options of `TextToImagePipeline` with a PT-DiT network."""
+
+    compress_ratios: tuple[int, ...] | None = option(
+        None, "tokens per window: frames, height, width (default: the model's)", minimum=1, advanced=True
+    )
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         task="text-to-image",
         model="dit_suite.models.pt_dit:PTDiTTransformer3DModel",
         pipeline="dit_suite.pipelines.pipeline_text_to_image:TextToImagePipeline",
-        options="dit_suite.call_options:TextToImageOptions",
+        options="dit_suite.call_options:PTDiTOptions",
         bundled="emoji-ptdit-64",
         accelerations=("bac",),
     ),

@@ -1,6 +1,5 @@
 """Class to image with any network of the DiT interface: `DiTModel`, Switch-DiT, and diffusers' own DiT class."""
 
-import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
-    CacheMixin,
     DiffusionPipeline,
     DiTTransformer2DModel,
     ImagePipelineOutput,
@@ -25,7 +23,9 @@ from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
 from dit_suite.pipelines.sampling_mixins import (
     ClassLabelsMixin,
     LatentImagesMixin,
+    LoraMixin,
     SamplingMixin,
+    cache_context,
     check_positive,
     check_size,
     initial_noise,
@@ -52,7 +52,7 @@ def read_labels(path: str | Path) -> dict[str, str]:
     return table
 
 
-class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline):
+class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline, LoraMixin):
     """Generates pictures of classes, in pixel space (no `vae`) or in the latent space of any diffusers VAE.
 
     Args:
@@ -179,7 +179,7 @@ class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, D
             model_input = torch.cat([latents] * repeats)
             if hasattr(self.scheduler, "scale_model_input"):
                 model_input = self.scheduler.scale_model_input(model_input, timestep)
-            with publish_step(plan.context(step, branch)), _cache_context(self.transformer, branch):
+            with publish_step(plan.context(step, branch)), cache_context(self.transformer, branch):
                 outputs[branch] = self.transformer(
                     model_input.to(self.transformer.dtype),
                     timestep=timestep.expand(len(model_input)),
@@ -284,8 +284,3 @@ class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, D
         images = latents if output_type == "latent" else self.decode(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def _cache_context(model: ModelMixin, branch: str) -> contextlib.AbstractContextManager:
-    """Tells diffusers' own caches which guidance branch runs, where the class supports them."""
-    return model.cache_context(branch) if isinstance(model, CacheMixin) else contextlib.nullcontext()

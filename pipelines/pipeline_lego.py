@@ -8,7 +8,13 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from dit_suite.models.lego import LegoTransformer2DModel
-from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, LatentImagesMixin, SamplingMixin, initial_noise
+from dit_suite.pipelines.sampling_mixins import (
+    ClassLabelsMixin,
+    LatentImagesMixin,
+    LoraMixin,
+    SamplingMixin,
+    initial_noise,
+)
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
@@ -46,7 +52,7 @@ def window_weights(window: int, device: torch.device, dtype: torch.dtype) -> tor
     return ramp[:, None] * ramp[None]
 
 
-class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline):
+class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline, LoraMixin):
     """Generates pictures of classes, or without condition, on any canvas.
 
     Args:
@@ -108,14 +114,15 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
         side = self.transformer.config.sample_size
         if canvas == "auto":
             canvas = "grid" if (height, width) == (side, side) else "drift"
-        unit = max(self.transformer.config.brick_sizes) if canvas == "grid" else side // 2
+        unit = max(self.transformer.config.brick_sizes) if canvas == "grid" else 1
         least = unit if canvas == "grid" else side
         factor = self.vae_scale_factor
         for name, value in (("height", height), ("width", width)):
             if value < least or value % unit:
+                sizes = f"multiples of {unit * factor}" if unit * factor > 1 else "any size"
                 raise ValueError(
                     f"{name} {value * factor} does not fit the {canvas} canvas: "
-                    f"it takes multiples of {unit * factor} from {least * factor} up"
+                    f"it takes {sizes} from {least * factor} up"
                 )
         return canvas
 
@@ -167,7 +174,7 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
         step_index: int = 0,
     ) -> torch.Tensor:
         """The raw prediction on the whole canvas `(B, C, H, W)`: in one pass, or as the weighted mean of overlapping
-        windows of the training size (one batch)."""
+        windows of the training size (one batch), summed in float32."""
         time = torch.full((1,), timestep, device=scaled.device)
         labels = labels if self.num_classes else None
         if canvas == "grid":
@@ -179,8 +186,9 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
         windows = torch.cat([scaled[:, :, y : y + side, x : x + side] for y, x in places])
         repeated = None if labels is None else labels.repeat(len(places))
         parts = self.transformer(windows, time, repeated, stop_after=stop_after, return_dict=False)[0].split(batch)
-        weight = window_weights(side, scaled.device, scaled.dtype)
-        total, mass = torch.zeros_like(scaled), torch.zeros_like(scaled[:1, :1])
+        weight = window_weights(side, scaled.device, torch.float32)
+        total = torch.zeros_like(scaled, dtype=torch.float32)
+        mass = torch.zeros_like(total[:1, :1])
         for (y, x), part in zip(places, parts, strict=True):
             total[:, :, y : y + side, x : x + side] += weight * part
             mass[:, :, y : y + side, x : x + side] += weight

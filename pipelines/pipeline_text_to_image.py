@@ -1,6 +1,6 @@
 """Text to image with PixArt-class transformers (PixArt-alpha/Sigma of diffusers, PT-DiT of this suite)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,25 +14,33 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 
 from dit_suite.models.pt_dit import PTDiTTransformer3DModel
 from dit_suite.pipelines.sampling_mixins import (
     LatentImagesMixin,
+    LoraMixin,
     PromptMixin,
     SamplingMixin,
+    cache_context,
     check_positive,
     check_size,
     initial_noise,
 )
-from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
+from dit_suite.schedulers.diffusers_schedulers import (
+    check_levels,
+    check_scheduler,
+    step_arguments,
+    temporary_shift,
+)
+from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp
 from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
+SCHEDULES = ("scheduler", "resolution")
 
 
-class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline, SanaLoraLoaderMixin):
+class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline, LoraMixin):
     """Generates pictures from text, in pixel space (no `vae`) or in the latent space of any diffusers VAE.
 
     Args:
@@ -75,15 +83,6 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
         )
         self.attach_image_processor()
 
-    @classmethod
-    def load_lora_into_transformer(cls, state_dict: dict[str, torch.Tensor], transformer: ModelMixin, **kwargs) -> None:
-        """Injects LoRA weights; a diffusers class without the adapter mixin (PixArt) gets it for this instance."""
-        if not isinstance(transformer, PeftAdapterMixin):
-            base = type(transformer)
-            namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
-            transformer.__class__ = type(base.__name__, (base, PeftAdapterMixin), namespace)
-        super().load_lora_into_transformer(state_dict, transformer, **kwargs)
-
     def check_inputs(
         self,
         prompt: str | list[str] | None,
@@ -100,6 +99,9 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
         negative_prompt_attention_mask: torch.Tensor | None,
         output_type: str,
         callback_tensor_inputs: list[str],
+        sigmas: Sequence[float] | None = None,
+        shift: float | None = None,
+        compress_ratios: Sequence[int] | None = None,
     ) -> int:
         """Raises `ValueError` with one sentence for anything the call can't use; returns the number of pictures."""
         count = self.check_prompt(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
@@ -113,7 +115,35 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
         shape = self._latent_shape(total, height, width)
         self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
         check_scheduler(self.scheduler, self.config.prediction_type)
+        check_levels(self.scheduler, sigmas, shift)
+        if isinstance(self.transformer, PTDiTTransformer3DModel):
+            patch = self.transformer.config.patch_size
+            self.transformer.resolve_windows((1, shape[2] // patch, shape[3] // patch), compress_ratios)
+        elif compress_ratios is not None:
+            raise ValueError(f"compress_ratios belong to PT-DiT; {type(self.transformer).__name__} has no windows")
         return total
+
+    def resolve_levels(
+        self,
+        num_inference_steps: int,
+        height: int,
+        width: int,
+        schedule: str,
+        sigmas: Sequence[float] | None,
+        shift: float | None,
+    ) -> tuple[list[float] | None, float | None]:
+        """Noise levels before the shift, and the shift; None stands for the scheduler's own.
+
+        Raises:
+            ValueError: the schedule is unknown, or levels are given twice.
+        """
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        if schedule == "scheduler":
+            return None if sigmas is None else list(sigmas), shift
+        if sigmas is not None:
+            raise ValueError("give either sigmas or schedule='resolution', not both")
+        return flow_sigmas(num_inference_steps), resolution_warp(height, width) if shift is None else shift
 
     def encode_prompt(
         self, prompt: list[str], device: torch.device, max_sequence_length: int | None = None
@@ -153,14 +183,16 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
         conditions: dict[str, tuple[torch.Tensor, torch.Tensor]],
         guidance_scale: float,
         added_cond_kwargs: dict[str, Any],
+        **network_kwargs: Any,
     ) -> torch.Tensor:
-        """The guided network output of one step, `(B, C, H, W)`. Every evaluation runs under its own `StepContext`."""
+        """The guided network output of one step, `(B, C, H, W)`. Every evaluation runs under its own `StepContext`;
+        `network_kwargs` go to the network as they are."""
         outputs = {}
         for branch in step.branches:
             states, mask = conditions[branch]
             repeats = len(states) // len(latents)
             model_input = torch.cat([latents] * repeats)
-            with publish_step(plan.context(step, branch)):
+            with publish_step(plan.context(step, branch)), cache_context(self.transformer, branch):
                 outputs[branch] = self.transformer(
                     model_input.to(self.transformer.dtype),
                     encoder_hidden_states=states,
@@ -171,6 +203,7 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
                     },
                     encoder_attention_mask=mask,
                     return_dict=False,
+                    **network_kwargs,
                 )[0]
         if "none" in outputs:
             prediction = outputs["none"]
@@ -197,6 +230,10 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         batched_guidance: bool = True,
+        schedule: str = "scheduler",
+        sigmas: Sequence[float] | None = None,
+        shift: float | None = None,
+        compress_ratios: Sequence[int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -215,6 +252,13 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
             latents: initial noise `(B, C, h, w)` with unit variance, instead of drawing it.
             prompt_embeds, prompt_attention_mask: `(B, L, D)` and `(B, L)` instead of `prompt`; likewise the negatives.
             batched_guidance: both guidance halves in one batch (faster), or one after the other (less memory).
+            schedule: which noise levels are visited: the "scheduler"'s own, or "resolution": 1 - i/N, leaning to high
+                noise for large pictures (1 for 512 x 512 pixels), as the released PT-DiT is sampled.
+            sigmas: the levels themselves before the shift, falling from at most 1 to above 0; they decide the number of
+                steps. FlowMatchEuler only, like "resolution" and `shift`.
+            shift: how far the levels lean to high noise, s' = a s / (1 + (a - 1) s). Default: the scheduler's, or what
+                "resolution" gives.
+            compress_ratios: PT-DiT's tokens per window (frames, height, width) for this call. Default: the network's.
             output_type: "pil", "np" `(B, H, W, 3)` in [0, 1], "pt" `(B, 3, H, W)` in [0, 1], or "latent".
             return_dict: an `ImagePipelineOutput`, or a plain tuple.
             callback_on_step_end: `callback(pipe, step_index, timestep, tensors) -> dict of replaced tensors`; it may
@@ -231,10 +275,11 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
         callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height = height or self._default_size()
         width = width or self._default_size()
+        sigmas, shift = self.resolve_levels(num_inference_steps, height, width, schedule, sigmas, shift)
         total = self.check_inputs(
             prompt, negative_prompt, num_images_per_prompt, num_inference_steps, height, width, generator, latents,
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask, output_type,
-            callback_inputs,
+            callback_inputs, sigmas, shift, compress_ratios,
         )  # fmt: skip
         self._guidance_scale = guidance_scale
         self._interrupt = False
@@ -255,7 +300,8 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
             )
         )  # fmt: skip
 
-        timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device)
+        with temporary_shift(self.scheduler, shift):
+            timesteps, _ = retrieve_timesteps(self.scheduler, num_inference_steps, device, sigmas=sigmas)
         plan = plan_steps(timesteps, order=self.scheduler.order, guidance=guidance, batched=batched_guidance)
         self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(
@@ -263,6 +309,7 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
         )
         added = self._added_conditions(total, height, width, device)
         step_kwargs = step_arguments(self.scheduler, generator)
+        network_kwargs = {} if compress_ratios is None else {"compress_ratios": tuple(compress_ratios)}
 
         with self.progress_bar(total=plan.num_steps) as progress_bar:
             for index, (timestep, step) in enumerate(zip(timesteps, plan.steps, strict=True)):
@@ -275,7 +322,9 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
                         torch.cat([negative_prompt_embeds, prompt_embeds]),
                         torch.cat([negative_mask, mask]),
                     )
-                prediction = self.predict(plan, step, latents, timestep, conditions, self._guidance_scale, added)
+                prediction = self.predict(
+                    plan, step, latents, timestep, conditions, self._guidance_scale, added, **network_kwargs
+                )
                 dtype = latents.dtype
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
                 latents = latents.to(dtype)

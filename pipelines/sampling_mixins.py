@@ -1,12 +1,15 @@
 """What the pipelines share: callbacks, common checks, initial noise, text and class conditions, decoding."""
 
+import contextlib
 import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from diffusers import CacheMixin, ModelMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 
 from dit_suite.schedulers.generators import randn_per_sample
 
@@ -104,6 +107,20 @@ class LatentImagesMixin:
         return self.transformer.config.sample_size * self.vae_scale_factor
 
 
+class LoraMixin(SanaLoraLoaderMixin):
+    """For a `DiffusionPipeline` with a `transformer`: `load_lora_weights`, `unload_lora_weights`, `fuse_lora` and
+    `set_adapters` of diffusers, for weights named `transformer.*`."""
+
+    @classmethod
+    def load_lora_into_transformer(cls, state_dict: dict[str, torch.Tensor], transformer: ModelMixin, **kwargs) -> None:
+        """Injects LoRA weights; a diffusers class without the adapter mixin gets it for this instance."""
+        if not isinstance(transformer, PeftAdapterMixin):
+            base = type(transformer)
+            namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
+            transformer.__class__ = type(base.__name__, (base, PeftAdapterMixin), namespace)
+        super().load_lora_into_transformer(state_dict, transformer, **kwargs)
+
+
 class PromptMixin:
     """For a `DiffusionPipeline` with an optional `text_encoder` and `tokenizer`."""
 
@@ -176,6 +193,11 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def cache_context(model: ModelMixin, branch: str) -> contextlib.AbstractContextManager:
+    """Tells diffusers' own caches which guidance branch runs, where the class supports them."""
+    return model.cache_context(branch) if isinstance(model, CacheMixin) else contextlib.nullcontext()
 
 
 def initial_noise(shape: tuple[int, ...], device: torch.device, generator: Generators) -> torch.Tensor:

@@ -25,7 +25,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from accelerate import init_empty_weights
 
 from dit_suite.models.dit_blocks import sincos_2d
 
@@ -109,13 +108,22 @@ def tarflow_layout() -> Layout:
 
 
 def pt_dit_layout() -> Layout:
-    """PT-DiT-XL (Qihoo-T2X), whose names are ours except for the patch projection."""
-    from dit_suite.models.pt_dit import PT_DIT_SIZES, PTDiTTransformer3DModel
-
-    with init_empty_weights():
-        model = PTDiTTransformer3DModel(**PT_DIT_SIZES["XL"], sample_size=128)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    return {name.replace("patch_embed.proj", "pos_embed.proj"): shape for name, shape in shapes.items()}
+    """PT-DiT-XL (Qihoo-T2X) without size conditions, as its published inference code names the tensors."""
+    width, side = 1152, 64
+    found: Layout = {"pos_embed.proj.weight": (width, 4, 2, 2), "pos_embed.proj.bias": (width,)}
+    found |= {"pos_embed.pos_embed": (1, 1, side * side, width), "scale_shift_table": (2, width)}
+    found |= _linear("adaln_single.emb.timestep_embedder.linear_1", width, 256)
+    found |= _linear("adaln_single.emb.timestep_embedder.linear_2", width, width)
+    found |= _linear("adaln_single.linear", 6 * width, width)
+    found |= _linear("caption_projection.linear_1", width, 4096) | _linear("caption_projection.linear_2", width, width)
+    for block in (f"transformer_blocks.{i}" for i in range(28)):
+        found |= {f"{block}.scale_shift_table": (6, width), f"{block}.proxy_scale_shift_table": (3, width)}
+        for attention in ("proxy_attn1", "pvisual_attn2", "attn1", "attn2", "attn3"):
+            for part in ("to_q", "to_k", "to_v", "to_out.0"):
+                found |= _linear(f"{block}.{attention}.{part}", width, width)
+        found |= _linear(f"{block}.linear_1_visual", width, width) | _linear(f"{block}.linear_2", width, width)
+        found |= _linear(f"{block}.ff.net.0.proj", 4 * width, width) | _linear(f"{block}.ff.net.2", width, 4 * width)
+    return found | _linear("proj_out", 4 * 8, width)
 
 
 def random_weights(layout: Layout) -> dict[str, torch.Tensor]:
@@ -128,8 +136,8 @@ def random_weights(layout: Layout) -> dict[str, torch.Tensor]:
     weights = {}
     for name, shape in layout.items():
         if _is_table(name, shape):
-            side = math.isqrt(shape[1])
-            weights[name] = sincos_2d(side, side, shape[2])[None]
+            side = math.isqrt(shape[-2])
+            weights[name] = sincos_2d(side, side, shape[-1]).reshape(shape)
         elif "norm" in name and name.endswith("weight") or name == "var":
             weights[name] = torch.ones(shape)
         elif name.endswith("attn_mask"):
@@ -221,8 +229,8 @@ def sample_pt_dit(folder: Path, parts: Path) -> tuple[torch.nn.Module, Any]:
         prediction_type="flow_prediction",
         max_sequence_length=120,
     )
-    return model, pipe("a red apple", num_inference_steps=1, height=256, width=256, generator=_generator(),
-                       output_type="np").images  # fmt: skip
+    return model, pipe("a red apple", num_inference_steps=1, height=256, width=256, schedule="resolution",
+                       generator=_generator(), output_type="np").images  # fmt: skip
 
 
 def _generator() -> torch.Generator:

@@ -10,6 +10,8 @@ from diffusers import (
     PixArtTransformer2DModel,
     WanTransformer3DModel,
 )
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -94,6 +96,17 @@ def tiny_text_to_image(vae: bool = False, **changes: Any) -> TextToImagePipeline
     pipe = TextToImagePipeline(**components | changes)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def save_lora(network: torch.nn.Module, folder: Path) -> None:
+    """Strong random LoRA weights for the queries and values of `network` (which is changed), as pipelines load them."""
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    donor = inject_adapter_in_model(config, network)
+    for name, parameter in donor.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
+    weights = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(donor).items()}
+    save_file(weights, folder / "pytorch_lora_weights.safetensors")
 
 
 def save_tiny(folder: Path, **changes: Any) -> Path:

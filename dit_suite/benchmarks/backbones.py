@@ -8,7 +8,6 @@ random: none of this depends on them. The part `trained` is about checkpoints: s
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from diffusers import PixArtTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dit_suite.benchmarks import trained_backbones
+from dit_suite.benchmarks.clock import interleaved
 
 NAME = "backbones"
 UNTRAINED = ("text", "class", "lego")
@@ -48,28 +48,6 @@ def count_flops(make: Callable[[], Any]) -> tuple[float, float]:
     counts = counter.get_flop_counts()["Global"]
     attention = sum(n for op, n in counts.items() if "bmm" in str(op) or "attention" in str(op))
     return attention / GIGA, sum(counts.values()) / GIGA
-
-
-def interleaved(calls: list[Callable[[], Any]], rounds: int, device: str) -> list[list[tuple[float, float]]]:
-    """(wall, CPU) seconds of every call in every round, after a warm-up; the order turns from round to round."""
-
-    def timed(call: Callable[[], Any]) -> tuple[float, float]:
-        if device != "cpu":
-            torch.cuda.synchronize()
-        wall, cpu = time.perf_counter(), time.process_time()
-        call()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return time.perf_counter() - wall, time.process_time() - cpu
-
-    times: list[list[tuple[float, float]]] = [[] for _ in calls]
-    for call in calls:
-        timed(call)
-    for turn in range(rounds):
-        for place in range(len(calls)):
-            index = (place + turn) % len(calls)
-            times[index].append(timed(calls[index]))
-    return times
 
 
 def ratio(baseline: list[tuple[float, float]], technique: list[tuple[float, float]], clock: int) -> float:
@@ -212,13 +190,13 @@ def class_networks(routing: str) -> torch.nn.Module:
 
 
 def class_call(model: torch.nn.Module, latent: int, batch: int) -> Callable[[], Any]:
-    """One guided sampling step: a batch at one timestep; the timestep moves on with every call."""
+    """One guided sampling step: a batch at one timestep, expanded as pipelines do; it moves on with every call."""
     images, labels = torch.zeros(batch, model.config.in_channels, latent, latent), torch.arange(batch)
     state = {"step": 999}
 
     def call() -> Any:
         state["step"] = (state["step"] - 1) % 1000
-        return model(images, torch.full((batch,), state["step"]), labels)
+        return model(images, torch.full((1,), state["step"]).expand(batch), labels)
 
     return call
 

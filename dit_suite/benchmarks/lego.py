@@ -4,7 +4,8 @@ Pictures for held-out classes are made with the same seeds for every `t_break`; 
 one (PSNR, SSIM, paired verdict of the Frechet distance) and with held-out pictures. Seconds are wall time per picture
 of the whole pipeline. A panorama's seam ratio is the mean jump between neighbouring pixels across the columns where
 windows of the canvas begin or end, over that across the other borders of the second brick's patches: 1 means that no
-seam shows.
+seam shows. Drifting windows lie elsewhere in every step, and the columns of all steps count. The end ratio is the mean
+jump across the patch borders of the outer half windows, which stay where they are, over that across all columns.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dit_suite.evaluation.metric_names import parse_metrics
 from dit_suite.evaluation.options import EvaluationOptions
 from dit_suite.evaluation.runner import Evaluation, Inputs
 from dit_suite.evaluation.sources import open_source
+from dit_suite.pipelines.pipeline_lego import window_offset, window_starts
 from dit_suite.sampling import SamplingJob, batches, open_job, sample_batch
 
 NAME = "lego"
@@ -80,25 +82,42 @@ def seam_ratio(pictures: np.ndarray, seams: Sequence[int], inside: Sequence[int]
     return float(jumps[np.array(seams) - 1].mean() / jumps[np.array(inside) - 1].mean())
 
 
-def borders(width: int, window: int, patch: int) -> tuple[list[int], list[int]]:
-    """Columns where half-overlapping windows begin or end, and the other borders of patches."""
-    seams = list(range(window // 2, width, window // 2))
-    return seams, [column for column in range(patch, width, patch) if column not in seams]
+def borders(width: int, window: int, patch: int, offset: int = 0) -> tuple[list[int], list[int]]:
+    """Columns where the windows of a step begin or end, and the other borders of patches inside them."""
+    starts = window_starts(width, window, offset)
+    seams = {start + side for start in starts for side in (0, window)} - {0, width}
+    inside = {start + place for start in starts for place in range(patch, window, patch)} - seams
+    return sorted(seams), sorted(inside)
+
+
+def canvas_borders(width: int, window: int, patch: int, canvas: str, steps: int) -> tuple[list[int], list[int]]:
+    """`borders` of all steps of a sampling run, one after the other: drifting windows have others in every step."""
+    offsets = [window_offset(step, window) if canvas == "drift" else 0 for step in range(steps)]
+    found = [borders(width, window, patch, offset) for offset in offsets]
+    return [c for seams, _ in found for c in seams], [c for _, inside in found for c in inside]
+
+
+def end_columns(width: int, window: int, patch: int) -> list[int]:
+    """Patch borders up to half a window from either end."""
+    outer = range(patch, window // 2 + 1, patch)
+    return sorted({*outer, *(width - column for column in outer)})
 
 
 def panorama_row(pipe: Any, job: SamplingJob, canvas: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Seams of wide canvases. `border_ratio` is the mean jump across all patch borders over that across all columns."""
+    """Seams of wide canvases. `border_ratio` is the mean jump across all borders over that across all columns."""
     config = pipe.transformer.config
     side, patch = config.sample_size, sorted(config.brick_sizes)[-2]
     wide = replace(job, options=replace(job.options, height=side, width=args.panorama_width, canvas=canvas))
     made, seconds = make(pipe, replace(wide, batch_size=2), args.panoramas)
-    seams, inside = borders(args.panorama_width, side, patch)
+    seams, inside = canvas_borders(args.panorama_width, side, patch, canvas, args.steps)
+    columns = range(1, args.panorama_width)
     return {
         "setting": f"{side} x {args.panorama_width} panorama, {canvas}",
         "samples": args.panoramas,
         "seconds": seconds,
         "seam_ratio": seam_ratio(made, seams, inside),
-        "border_ratio": seam_ratio(made, seams + inside, range(1, args.panorama_width)),
+        "border_ratio": seam_ratio(made, seams + inside, columns),
+        "end_ratio": seam_ratio(made, end_columns(args.panorama_width, side, patch), columns),
     }
 
 
@@ -125,9 +144,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if unskipped is None:
             unskipped, first = Pictures(made), seconds
             side = pipe.transformer.config.sample_size
-            seams, inside = borders(side, side, sorted(pipe.transformer.config.brick_sizes)[-2])
-            row["seam_ratio"] = seam_ratio(made, seams, inside)
-            row["border_ratio"] = seam_ratio(made, seams + inside, range(1, side))
+            _, inside = borders(side, side, sorted(pipe.transformer.config.brick_sizes)[-2])
+            middle = side // 2
+            row["seam_ratio"] = seam_ratio(made, [middle], [column for column in inside if column != middle])
+            row["border_ratio"] = seam_ratio(made, inside, range(1, side))
         row["speedup"] = first / seconds
         rows.append(row)
     if args.panoramas:

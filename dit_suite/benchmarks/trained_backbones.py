@@ -2,15 +2,24 @@
 
 Every checkpoint makes one picture for each of the first N held-out rows of its own training domain (the styles and
 groups in its `training.json`), in the same number of network evaluations. `images_seen` is steps times batch size; rows
-with the same domain and the same number of images seen had an equal training budget.
+with the same domain and the same number of images seen had an equal training budget. `evaluation_gflops` (by torch's
+counter) and `evaluation_s` (median of `--pairs` rounds) are those of the first network evaluation of one picture,
+guidance included; a step of a second-order solver has two evaluations.
 """
 
 import argparse
 import json
+import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from dit_suite.benchmarks.clock import interleaved
 from dit_suite.checkpoints import Checkpoint, find_checkpoint
 from dit_suite.evaluation.datasets import conditions_of
 from dit_suite.evaluation.extractors import FeatureExtractor, load_extractor
@@ -18,7 +27,7 @@ from dit_suite.evaluation.metric_names import parse_metrics
 from dit_suite.evaluation.options import EvaluationOptions
 from dit_suite.evaluation.runner import Evaluation, Inputs
 from dit_suite.evaluation.sources import GeneratedSource, open_source
-from dit_suite.sampling import SamplingJob, open_job
+from dit_suite.sampling import SamplingJob, open_job, sample_batch
 
 DATA = "data/emoji64/images.parquet"
 HELD_OUT = "heldout+pairs"
@@ -70,6 +79,32 @@ def steps_of(evaluations: int, order: int) -> int:
     return evaluations if order == 1 else (evaluations + 1) // order
 
 
+def evaluation_cost(network: torch.nn.Module, sample: Callable[[], Any], rounds: int, device: str) -> dict[str, float]:
+    """GFLOP and median seconds of the first evaluation of `network` that `sample()` asks for.
+
+    FLOPs are counted with attention as its two products, for the counter knows no fused attention on a CPU.
+    """
+    seen: list[tuple[tuple, dict[str, Any]]] = []
+    handle = network.register_forward_pre_hook(lambda module, *given: seen.append(given), with_kwargs=True)
+    try:
+        sample()
+    finally:
+        handle.remove()
+    args, kwargs = seen[0]
+
+    @torch.no_grad()
+    def evaluate() -> Any:
+        return network(*args, **kwargs)
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        evaluate()
+    (times,) = interleaved([evaluate], rounds, device)
+    return {
+        "evaluation_gflops": counter.get_total_flops() / 1e9,
+        "evaluation_s": statistics.median(wall for wall, _ in times),
+    }
+
+
 def trained_row(name: str, extractor: FeatureExtractor, args: argparse.Namespace) -> dict[str, Any]:
     """Size, training and distance of one checkpoint."""
     checkpoint = find_checkpoint(name)
@@ -94,6 +129,7 @@ def trained_row(name: str, extractor: FeatureExtractor, args: argparse.Namespace
         "baseline": "held-out pictures",
         "setting": f"{rows.partition(':')[2]}, {args.evaluations} evaluations, guidance {args.guidance:g}",
         "params_m": sum(p.numel() for p in pipe.transformer.parameters()) / 1e6,
+        **evaluation_cost(pipe.transformer, lambda: sample_batch(pipe, job, [0]), args.pairs, args.device),
         "images_seen": images_seen(record),
         "last_loss": record.get("last_loss"),
         "samples": count,

@@ -1,4 +1,9 @@
-"""Released Qihoo-T2X text-to-image weights (PT-DiT, original key layout) to `PTDiTTransformer3DModel`."""
+"""Released Qihoo-T2X text-to-image weights (PT-DiT, original key layout) to `PTDiTTransformer3DModel`.
+
+The released network predicts x0 - noise; this suite and diffusers' flow schedulers take noise - x0. The converter turns
+the sign of the prediction, so that the result is a "flow_prediction" network like any other. The released sampler is
+`TextToImagePipeline` with `schedule="resolution"`.
+"""
 
 import argparse
 from collections.abc import Mapping
@@ -22,9 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def convert_keys(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Original names to ours. The position table is a function of the size and is left out; nothing else is."""
+    """Original names to ours. The position table is a function of the size and is left out; nothing else is. The rows
+    of the output layer that make the prediction change their sign; those of the unused variance stay."""
     renamed = {}
+    _, channels, patch, _ = tensors["pos_embed.proj.weight"].shape
     for key, value in tensors.items():
+        if key.startswith("proj_out."):
+            value = value.unflatten(0, (patch * patch, -1)).clone()
+            value[:, :channels] *= -1
+            value = value.flatten(0, 1)
         if key != _POSITIONS:
             renamed["patch_embed." + key[len("pos_embed.") :] if key.startswith("pos_embed.proj.") else key] = value
     return renamed

@@ -3,13 +3,15 @@
 from typing import Any
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from dit_suite.converters import build_strict
 from dit_suite.converters.pt_dit import config_from, convert_keys
 from dit_suite.golden import Result, Tensors, compare, section
 from dit_suite.models.pt_dit import PTDiTTransformer3DModel
 from dit_suite.models.shifted_windows import shift_region_mask
-from dit_suite.schedulers.pt_dit_flow import resolution_warp, warped_timesteps
+from dit_suite.pipelines.pipeline_text_to_image import TextToImagePipeline
+from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp
 
 FAMILY = "pt_dit"
 PREFIXES = ("pt_dit_",)
@@ -24,6 +26,11 @@ def build(tensors: Tensors, config: dict[str, Any]) -> PTDiTTransformer3DModel:
     ours["compress_ratios"] = tuple(config["compress_ratios"])
     ours["proxy_compress_ratios"] = tuple(config["proxy_compress_ratios"])
     return build_strict(PTDiTTransformer3DModel, ours, convert_keys(weights))
+
+
+def as_released(output: torch.Tensor, channels: int) -> torch.Tensor:
+    """The network's output with the reference's sign, x0 - noise, of the prediction channels."""
+    return torch.cat([-output[:, :channels], output[:, channels:]], dim=1)
 
 
 def trace(model: PTDiTTransformer3DModel, inputs: Tensors) -> dict[str, torch.Tensor]:
@@ -50,9 +57,10 @@ def trace(model: PTDiTTransformer3DModel, inputs: Tensors) -> dict[str, torch.Te
     handles += [module.register_forward_hook(keep_output(name)) for module, name in after.items()]
     handles.append(model.adaln_single.register_forward_hook(keep_output("adaln")))
     try:
-        values["model"] = model(
+        made = model(
             inputs["latent"], inputs["text_embeds"], inputs["timestep"], encoder_attention_mask=inputs["text_mask"]
         ).sample
+        values["model"] = as_released(made, model.config.in_channels)
     finally:
         for handle in handles:
             handle.remove()
@@ -71,23 +79,32 @@ def trace(model: PTDiTTransformer3DModel, inputs: Tensors) -> dict[str, torch.Te
 
 
 def sample(model: PTDiTTransformer3DModel, tensors: Tensors, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The reference's guided flow sampling (rectified flow, Euler) with warped timesteps."""
+    """The reference's guided flow sampling (rectified flow, Euler, warped levels) by the pipeline."""
+    pipe = TextToImagePipeline(model, FlowMatchEulerDiscreteScheduler(), prediction_type="flow_prediction")
+    pipe.set_progress_bar_config(disable=True)
     text, mask = tensors["input.text_embeds"], tensors["input.text_mask"]
-    rows = [settings["text_row_cond"], settings["text_row_uncond"]]
-    latents = tensors["input.sample_noise"]
-    height, width, frames = settings["pixel_h_w_frames"]
-    times = warped_timesteps(settings["steps"], resolution_warp(height, width, frames))
-    channels = model.config.in_channels
-    inputs = []
-    for index, time in enumerate(times):
-        inputs.append(latents)
-        timestep = time.float().expand(2)
-        out = model(latents.repeat(2, 1, 1, 1, 1), text[rows], timestep, encoder_attention_mask=mask[rows]).sample
-        cond, uncond = out[:, :channels].chunk(2)
-        velocity = uncond + settings["cfg_scale"] * (cond - uncond)
-        following = times[index + 1] if index + 1 < len(times) else torch.zeros(())
-        latents = latents + velocity * (time - following).float() / 1000
-    return {"sample_timesteps": times, "sample_latents_in": torch.cat(inputs), "sample_final": latents}
+    cond, uncond = slice(settings["text_row_cond"], None), slice(settings["text_row_uncond"], None)
+    noise = tensors["input.sample_noise"][:, :, 0]
+    states = [noise]
+    pipe(
+        prompt_embeds=text[cond][:1],
+        prompt_attention_mask=mask[cond][:1],
+        negative_prompt_embeds=text[uncond][:1],
+        negative_prompt_attention_mask=mask[uncond][:1],
+        guidance_scale=settings["cfg_scale"],
+        sigmas=flow_sigmas(settings["steps"]),
+        shift=resolution_warp(*settings["pixel_h_w_frames"]),
+        height=noise.shape[2],
+        width=noise.shape[3],
+        latents=noise,
+        output_type="latent",
+        callback_on_step_end=lambda pipe, index, time, seen: states.append(seen["latents"]) or {},
+    )
+    return {
+        "sample_timesteps": pipe.scheduler.timesteps,
+        "sample_latents_in": torch.cat(states[:-1])[:, :, None],
+        "sample_final": states[-1][:, :, None],
+    }
 
 
 @torch.no_grad()

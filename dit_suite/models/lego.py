@@ -7,6 +7,7 @@ picture and two coordinate channels. Every brick is trained on the same target, 
 The network is the raw one: EDM's preconditioning belongs to `dit_suite.schedulers.edm_heun`.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -227,6 +228,12 @@ class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
         chosen = [k for k in range(last + 1) if active_bricks is None or active_bricks[k]]
         if not chosen:
             raise ValueError("at least one brick must run")
+        if chosen[0] > 0 and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"brick {chosen[0]} runs first and reads zeros for the prediction of the bricks before it, "
+                "which it has not seen in training",
+                stacklevel=3,
+            )
         return chosen
 
     def forward(
@@ -246,8 +253,8 @@ class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
             timestep: EDM's `ln(sigma) / 4`, `(batch,)` or one value.
             class_labels: ids `(batch,)` with K for the null class, or weights `(batch, K)`; None is the null class.
             stop_after: index of the last brick that runs; the others do not execute.
-            active_bricks: one flag per brick; a brick that is off passes the prediction on unchanged (zeros before
-                the first one that runs).
+            active_bricks: one flag per brick; a brick that is off passes the prediction on unchanged. Before the
+                first one that runs that is zeros, which no brick was trained on: a warning says so.
             output_bricks: also return the prediction of every brick that ran.
             return_dict: a `LegoOutput`, or a tuple: `(sample,)`, and with `output_bricks` every brick's prediction.
 

@@ -132,28 +132,28 @@ class PTDiTTransformerBlock(nn.Module):
             cut = hidden_states.reshape(-1, pf, rows, qh, columns, qw, dim).permute(0, 2, 4, 1, 3, 5, 6)
         else:
             cut = hidden_states.reshape(-1, pf, qh, rows, qw, columns, dim).permute(0, 3, 5, 1, 2, 4, 6)
-        members = cut.reshape(-1, pf * qh * qw, dim)
+        members = cut.reshape(batch, -1, pf * qh * qw, dim)
         center = ((pf // 2) * qh + qh // 2) * qw + qw // 2
-        return self.pick_member(members, center).reshape(batch, -1, dim)
+        return self.pick_member(members, center)
 
     def pick_member(self, members: torch.Tensor, center: int) -> torch.Tensor:
-        """One token per group: `(groups, size, dim)` to `(groups, dim)`, by the block's proxy mode."""
-        groups, size, dim = members.shape
+        """One token per group: `(batch, groups, size, dim)` to `(batch, groups, dim)`, by the block's proxy mode."""
+        batch, groups, size, dim = members.shape
         if self.proxy_mode == "mean":
-            return members.mean(dim=1)
+            return members.mean(dim=2)
         if self.proxy_mode == "first":
-            return members[:, 0]
+            return members[:, :, 0]
         if self.proxy_mode == "center":
-            return members[:, center]
+            return members[:, :, center]
         if self.training:
-            chosen = torch.randint(size, (groups,), device=members.device)
+            chosen = torch.randint(size, (batch, groups), device=members.device)
         else:
-            chosen = self.scattered_positions(groups, size, members.device)
-        return members.gather(1, chosen[:, None, None].expand(-1, 1, dim)).squeeze(1)
+            chosen = self.scattered_positions(groups, size, members.device).expand(batch, -1)
+        return members.gather(2, chosen[:, :, None, None].expand(-1, -1, 1, dim)).squeeze(2)
 
     def scattered_positions(self, groups: int, size: int, device: torch.device) -> torch.Tensor:
-        """Positions that look random but depend only on the group's number and the block's: an integer hash, so that
-        a sample does not depend on its batch or on a generator's history."""
+        """Positions that look random but depend only on the group's number in its sample and the block's: an integer
+        hash, so that a sample does not depend on its row, its batch or a generator's history."""
         value = torch.arange(groups, device=device, dtype=torch.long) + 7919 * (self.index + 1)
         for factor in (0x45D9F3B, 0x119DE1F3):
             value = ((value ^ (value >> 16)) * factor) & 0xFFFFFFFF
@@ -225,7 +225,7 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         sample_size: side of the latent the model was trained at; it sets the scale of the position table.
         patch_size: spatial patch; frames are not grouped.
         compress_ratios: tokens per window along (frames, height, width); None picks 8 x 8 windows for any size.
-        proxy_compress_ratios: tokens per proxy; None means one proxy per window.
+        proxy_compress_ratios: tokens per proxy, for every window ratio; None means one proxy per window.
         proxy_mode: "mean" (the paper's and the released model's), "first" (top-left token), "center" or "random"
             (a fresh token per forward in training, a fixed pseudo-random one in evaluation).
         proxy_layout: with several proxies per window, "interleaved" (released code) or "contiguous".
@@ -328,12 +328,13 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self, grid: tuple[int, int, int], compress_ratios: tuple[int, int, int] | None
     ) -> tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]:
         """(window, proxy window, shift) for a token grid; raises `ValueError` where they do not fit."""
-        ratios = compress_ratios or self.config.compress_ratios
-        window = tuple(ratios) if ratios else pick_compress_ratios(grid)
+        ratios = self.config.compress_ratios if compress_ratios is None else compress_ratios
+        window = tuple(ratios) if ratios is not None else pick_compress_ratios(grid)
         check_ratios(grid, window)
         finer = self.config.proxy_compress_ratios
-        proxy_window = (window[0], *finer[1:]) if finer and compress_ratios is None else window
-        check_ratios(window, proxy_window)
+        proxy_window = (window[0], *finer[1:]) if finer else window
+        if any(size % ratio for size, ratio in zip(window, proxy_window, strict=True)):
+            raise ValueError(f"windows of {window} tokens are not made of proxies of {proxy_window} tokens")
         shift = tuple(ratio // 2 for ratio in window)
         if not self.config.shift_single_window:
             shift = tuple(0 if size == p else s for size, p, s in zip(grid, window, shift, strict=True))

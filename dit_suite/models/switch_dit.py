@@ -2,11 +2,14 @@
 
 A gate sees the timestep only, never the tokens or the class, and picks k of E experts for all tokens of a sample. The
 mixture of experts multiplies what the block's branches read; the residual stream is untouched. Experts are linear, so
-for a given timestep they collapse into one matrix (`TimestepRouter.merge`), which is how sampling runs here.
+for a given timestep they collapse into one matrix (`TimestepRouter.merge`), which is how sampling runs here: once per
+step and block where the batch is at one timestep (compiled: once per pass).
 
 Baselines in the same class: `routing="channels"` is DTR (a fixed window of channels per timestep, no parameters) and
 `routing="none"` is the plain DiT.
 """
+
+from collections.abc import Iterable
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -26,11 +29,12 @@ from dit_suite.models.dit_blocks import (
     sincos_2d,
     unpatchify,
 )
+from dit_suite.schedulers.step_plan import current_step
 
 ROUTINGS = ("experts", "channels", "none")
 WINDOW_EXPONENT = 4.0
 
-MergedExperts = list[tuple[torch.Tensor, torch.Tensor]]
+MergedExperts = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 def sliding_window(num_timesteps: int, units: int, width: int, exponent: float = WINDOW_EXPONENT) -> torch.Tensor:
@@ -48,8 +52,32 @@ def select_largest(values: torch.Tensor, count: int) -> torch.Tensor:
     return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order, True)
 
 
+def weights_key(parameters: Iterable[nn.Parameter]) -> tuple | None:
+    """Changes whenever the parameters do; None where that can't be seen (offloaded, sharded or quantised ones)."""
+    used = list(parameters)
+    if any(type(parameter) is not nn.Parameter or parameter.is_meta for parameter in used):
+        return None
+    return tuple((parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in used)
+
+
+def can_read(timestep: torch.Tensor) -> bool:
+    """Whether values may be looked at without waiting for a device or breaking a graph."""
+    return timestep.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def common_level(timestep: torch.Tensor) -> torch.Tensor:
+    """One entry instead of `(batch,)` where the batch is at one level: an expanded value, which pipelines pass, or, in
+    inference and where it costs nothing to look, equal values."""
+    if timestep.stride() == (0,):
+        return timestep[:1]
+    if not torch.is_grad_enabled() and can_read(timestep) and bool((timestep == timestep[0]).all()):
+        return timestep[:1]
+    return timestep
+
+
 class TimestepRouter(nn.Module):
-    """Gate and experts of one block.
+    """Gate and experts of one block. Everything that uses the weights goes through `forward`, where the hooks of
+    offloading and sharding bring them in.
 
     Args:
         hidden_size: width D.
@@ -63,6 +91,16 @@ class TimestepRouter(nn.Module):
         self.gate = nn.Linear(hidden_size, num_experts)
         self.expert_weight = nn.Parameter(torch.zeros(num_experts, hidden_size, hidden_size))
         self.expert_bias = nn.Parameter(torch.zeros(num_experts, hidden_size))
+
+    def forward(
+        self, time_embedding: torch.Tensor, hidden_states: torch.Tensor | None = None, output: str = "mixture"
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Args: time embeddings `(batch, D)`; tokens `(batch, n, D)` for the mixture; `output`: "mixture" (expert by
+        expert, see `mix_grouped`), "merged" (one linear layer per row, see `merge`) or "probabilities"."""
+        if output == "probabilities":
+            return self.probabilities(time_embedding)
+        gates = self.gates(time_embedding)
+        return self.merge(gates) if output == "merged" else self.mix_grouped(hidden_states, gates)
 
     def probabilities(self, time_embedding: torch.Tensor) -> torch.Tensor:
         """Softmax over the experts in float32: `(batch, D)` to `(batch, E)`."""
@@ -88,7 +126,8 @@ class TimestepRouter(nn.Module):
 
     def mix_grouped(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """The mixture, expert by expert on the samples that chose it: k passes a sample whatever E is. Training uses
-        it, because a merged matrix per sample would be kept for the backward pass."""
+        it, where a merged matrix per sample would be kept for the backward pass. Its shapes depend on the gates, so
+        compiled training does not: there every sample has its merged matrix, `D * D` numbers a block."""
         mixed = torch.zeros_like(hidden_states)
         for expert in range(gates.shape[1]):
             rows = gates[:, expert].nonzero().squeeze(1)
@@ -185,14 +224,7 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
     def routing_probabilities(self, timestep: torch.Tensor) -> torch.Tensor:
         """Gate probabilities of every block: timesteps `(batch,)` to `(batch, num_layers, E)`, differentiable."""
         embedding = self.time_embed(timestep)
-        return torch.stack([router.probabilities(embedding) for router in self.routers], dim=1)
-
-    def routing_gates(self, time_embedding: torch.Tensor) -> torch.Tensor:
-        """What `TimestepRouter.gates` gives, for all blocks at once: `(batch, D)` to `(batch, num_layers, E)`."""
-        active = nn.functional.silu(time_embedding)
-        logits = torch.stack([router.gate(active) for router in self.routers], dim=1)
-        probabilities = logits.float().softmax(dim=-1)
-        return probabilities * select_largest(probabilities, self.config.experts_per_timestep)
+        return torch.stack([router(embedding, output="probabilities") for router in self.routers], dim=1)
 
     @torch.no_grad()
     def routing_table(self) -> torch.Tensor:
@@ -201,41 +233,45 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
         probabilities = self.routing_probabilities(timesteps)
         return torch.stack([r.selected(probabilities[:, i]) for i, r in enumerate(self.routers)], dim=1)
 
-    def merged_experts(self, time_embedding: torch.Tensor, timestep: float) -> MergedExperts:
-        """Each block's merged experts for one timestep, computed once per timestep and set of weights."""
-        used = [*self.routers.parameters(), *self.time_embed.parameters()]
-        key = (timestep, *((p.data_ptr(), p._version, p.dtype) for p in used))
-        if key not in self._merged:
-            gates = self.routing_gates(time_embedding).unbind(1)
-            merged = [router.merge(row) for router, row in zip(self.routers, gates, strict=True)]
-            if self._merged_limit == 0:
-                return merged
-            while len(self._merged) >= self._merged_limit:
-                self._merged.pop(next(iter(self._merged)))
-            self._merged[key] = merged
-        return self._merged[key]
+    def merged_key(self, timestep: torch.Tensor) -> tuple | None:
+        """What merged experts of one timestep `(1,)` depend on; None where they can't be kept: adapters and offloaded
+        weights change unseen. On a device the published step tells the timestep, which saves waiting for it."""
+        parts = [part for group in (self.routers, self.time_embed) for part in group.modules()]
+        if self._merged_limit == 0 or any(hasattr(part, "base_layer") for part in parts):
+            return None
+        weights = weights_key(parameter for part in parts for parameter in part.parameters(recurse=False))
+        step = current_step()
+        if weights is None or not (can_read(timestep) or step):
+            return None
+        kind = timestep.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return (timestep.item() if can_read(timestep) else step.timestep, cast, *weights)
 
-    def expert_plan(self, time_embedding: torch.Tensor, timestep: torch.Tensor) -> MergedExperts | None:
-        """Merged experts for inference, shared by the batch where its timesteps are equal; None asks for the grouped
-        path. Comparing timesteps needs their values, so it is done on the CPU and outside compiled graphs only."""
+    def expert_plan(self, timestep: torch.Tensor) -> MergedExperts | None:
+        """Where this pass keeps merged experts, by layer: shared by all passes at the one timestep of the batch, or of
+        this pass alone. None asks for the grouped path of training."""
         if not self.routers or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
             return None
-        if not torch.compiler.is_compiling() and timestep.device.type == "cpu":
-            first = timestep[0].item()
-            if bool((timestep == first).all()):
-                return self.merged_experts(time_embedding[:1], first)
-        gates = self.routing_gates(time_embedding).unbind(1)
-        return [router.merge(row) for router, row in zip(self.routers, gates, strict=True)]
+        key = self.merged_key(timestep) if len(timestep) == 1 and not torch.compiler.is_compiling() else None
+        if key is None:
+            return {}
+        if key not in self._merged:
+            while len(self._merged) >= self._merged_limit:
+                self._merged.pop(next(iter(self._merged)))
+            self._merged[key] = {}
+        return self._merged[key]
 
     def mixture(
-        self, layer: int, hidden_states: torch.Tensor, time_embedding: torch.Tensor, merged: MergedExperts | None
+        self, layer: int, hidden_states: torch.Tensor, time_embedding: torch.Tensor, plan: MergedExperts | None
     ) -> torch.Tensor:
-        """Output of the chosen experts of a block, `M(x) - 1` in the paper's terms: same shape as `hidden_states`."""
-        if merged is None:
-            router = self.routers[layer]
-            return router.mix_grouped(hidden_states, router.gates(time_embedding))
-        weight, bias = merged[layer]
+        """Output of the chosen experts of a block, `M(x) - 1` in the paper's terms: same shape as `hidden_states`.
+        `time_embedding` has one row per sample, or one for all."""
+        router = self.routers[layer]
+        if plan is None:
+            return router(time_embedding.expand(len(hidden_states), -1), hidden_states)
+        weight, bias = plan[layer] if layer in plan else router(time_embedding, output="merged")
         if len(weight) == 1:
+            plan[layer] = weight, bias
             flat = hidden_states.flatten(0, 1)
             return torch.addmm(bias[0], flat, weight[0]).reshape(hidden_states.shape)
         return torch.baddbmm(bias[:, None], hidden_states, weight)
@@ -247,7 +283,7 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
         conditioning: torch.Tensor,
         time_embedding: torch.Tensor,
         timestep: torch.Tensor,
-        merged: MergedExperts | None,
+        plan: MergedExperts | None,
     ) -> torch.Tensor:
         """`block(x * M) + (1 - M) * x`: the branches read masked tokens, the residual keeps all of x."""
         block = self.transformer_blocks[layer]
@@ -257,7 +293,7 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
             index = timestep.long().clamp(0, self.config.num_timesteps - 1)
             kept = self.channel_table[index].to(hidden_states.dtype)[:, None] * hidden_states
             return block(kept, conditioning) + (hidden_states - kept)
-        mixed = self.mixture(layer, hidden_states, time_embedding, merged)
+        mixed = self.mixture(layer, hidden_states, time_embedding, plan)
         out = block(torch.addcmul(hidden_states, hidden_states, mixed), conditioning)
         return out.addcmul_(hidden_states, mixed, value=-1)
 
@@ -289,14 +325,13 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
             positions = sincos_2d(height, width, positions.shape[-1], positions.device)
         tokens = self.patch_embed(hidden_states)
         tokens = tokens + positions.to(tokens.dtype)
-        timestep = timestep.reshape(-1)
+        timestep = common_level(timestep.reshape(-1))
         time_embedding = self.time_embed(timestep)
-        merged = self.expert_plan(time_embedding, timestep)
+        plan = self.expert_plan(timestep)
         conditioning = time_embedding + self.label_embed(class_labels, force_drop_ids)
         conditioning = conditioning.expand(tokens.shape[0], -1)
-        time_embedding = time_embedding.expand(tokens.shape[0], -1)
         for layer in range(len(self.transformer_blocks)):
-            arguments = (layer, tokens, conditioning, time_embedding, timestep, merged)
+            arguments = (layer, tokens, conditioning, time_embedding, timestep, plan)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(self.run_block, *arguments)
             else:

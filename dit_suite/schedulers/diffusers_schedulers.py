@@ -1,6 +1,8 @@
 """diffusers' schedulers that our pipelines run, and the check that scheduler and network speak of the same thing."""
 
+import contextlib
 import inspect
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import diffusers
@@ -43,6 +45,34 @@ def check_scheduler(scheduler: Any, prediction_type: str) -> None:
         raise ValueError(f"this network predicts {prediction_type}, but {name} integrates a flow velocity")
     if own != prediction_type:
         raise ValueError(f"this network predicts {prediction_type}, but the {name} is set to {own}")
+
+
+def check_levels(scheduler: Any, sigmas: Sequence[float] | None, shift: float | None) -> None:
+    """Raises `ValueError` if `scheduler` can't take these noise levels or this shift, or if they make no schedule."""
+    if sigmas is None and shift is None:
+        return
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "set_shift") or "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ValueError(f"noise levels and their shift are chosen per call with FlowMatchEuler only, not with {name}")
+    if shift is not None and shift <= 0:
+        raise ValueError(f"shift must be above 0, got {shift}")
+    levels = list(sigmas) if sigmas is not None else [1.0]
+    if not levels or not 0 < levels[-1] <= levels[0] <= 1 or levels != sorted(set(levels), reverse=True):
+        raise ValueError(f"sigmas must fall from at most 1 and stay above 0, got {levels}")
+
+
+@contextlib.contextmanager
+def temporary_shift(scheduler: Any, shift: float | None) -> Iterator[None]:
+    """Lets the scheduler make its timesteps with this shift inside the `with` block; None leaves its own."""
+    if shift is None:
+        yield
+        return
+    before = scheduler.shift
+    scheduler.set_shift(shift)
+    try:
+        yield
+    finally:
+        scheduler.set_shift(before)
 
 
 def build_scheduler(name: str, current: Any, prediction_type: str) -> Any:

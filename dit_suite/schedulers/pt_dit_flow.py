@@ -1,12 +1,10 @@
-"""The timestep schedule of the released PT-DiT text-to-image sampler: a resolution-dependent warp of linear times.
+"""The noise levels of the released PT-DiT text-to-image sampler: linear ones under a resolution-dependent warp.
 
 With shift r = `resolution_warp(...)` it is diffusers' `FlowMatchEulerDiscreteScheduler(shift=r)` whose sigmas start at
-1 and fall by 1/N before the warp, which is what `flow_sigmas` gives for its `sigmas` argument.
+1 and fall by 1/N before the warp `r u / (1 + (r - 1) u)`, which is what `flow_sigmas` gives for its `sigmas` argument.
 """
 
 import math
-
-import torch
 
 
 def resolution_warp(height: int, width: int, num_frames: int = 1) -> float:
@@ -20,9 +18,3 @@ def flow_sigmas(num_inference_steps: int) -> list[float]:
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
     return [1 - i / num_inference_steps for i in range(num_inference_steps)]
-
-
-def warped_timesteps(num_inference_steps: int, warp: float) -> torch.Tensor:
-    """Timesteps `1000 * r u / (1 + (r - 1) u)`, descending from 1000; the step after the last goes to 0."""
-    u = torch.tensor(flow_sigmas(num_inference_steps))
-    return 1000 * warp * u / (1 + (warp - 1) * u)

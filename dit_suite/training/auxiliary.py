@@ -10,7 +10,12 @@ from dataclasses import dataclass
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from dit_suite.models.switch_dit import WINDOW_EXPONENT, SwitchDiTTransformer2DModel, sliding_window
+from dit_suite.models.switch_dit import (
+    WINDOW_EXPONENT,
+    SwitchDiTTransformer2DModel,
+    sliding_window,
+    weights_key,
+)
 from dit_suite.options import Options, option
 from dit_suite.training.objectives import ObjectiveResult, TrainingBatch
 
@@ -73,13 +78,25 @@ class DiffusionPriorLoss(Options):
         )
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "_prior", prior)
+        object.__setattr__(self, "_matched", (None, None))
+
+    def assignment(self, prior: torch.Tensor) -> torch.Tensor:
+        """`match_units` of the gates as they are: once per optimizer step, whose micro-batches share it."""
+        parts = (self._model.routers, self._model.time_embed)
+        key = weights_key(parameter for part in parts for parameter in part.parameters())
+        if key is None or key != self._matched[0]:
+            matched, _ = match_units(self._model.routing_table().flatten(1), prior)
+            object.__setattr__(self, "_matched", (key, matched))
+        return self._matched[1]
 
     def loss(self, batch: TrainingBatch, result: ObjectiveResult) -> torch.Tensor:
-        """The prior loss `(batch,)` at the timesteps the objective used."""
+        """The prior loss `(batch,)` at the timesteps the objective used, in the precision of the weights whatever the
+        autocast, so that the gates are not rounded to bfloat16 before they are compared."""
         prior = self._prior.to(result.timestep.device)
         index = result.timestep.long().clamp(0, len(prior) - 1)
-        assignment, _ = match_units(self._model.routing_table().flatten(1), prior)
-        return prior_loss(self._model.routing_probabilities(result.timestep), prior[index][:, assignment])
+        with torch.autocast(result.timestep.device.type, enabled=False):
+            target = prior[index][:, self.assignment(prior)]
+            return prior_loss(self._model.routing_probabilities(result.timestep), target)
 
 
 def uniform_gate_divergence(num_experts: int, active: int) -> float:

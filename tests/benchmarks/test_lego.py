@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_suite.benchmarks import lego, trained_backbones
-from dit_suite.benchmarks.lego import Pictures, borders, seam_ratio
+from dit_suite.benchmarks.lego import Pictures, borders, canvas_borders, end_columns, seam_ratio
 from dit_suite.data.labels import LabelTable
 from dit_suite.metadata import write_json
 from dit_suite.models.lego import LegoTransformer2DModel
@@ -18,7 +18,21 @@ from dit_suite.schedulers.edm_heun import EDMHeunScheduler
 
 def test_borders_of_windows_and_patches():
     assert borders(160, 64, 16) == ([32, 64, 96, 128], [16, 48, 80, 112, 144])
-    assert borders(64, 64, 16) == ([32], [16, 48])
+    assert borders(64, 64, 16) == ([], [16, 32, 48])
+    seams, inside = borders(160, 64, 16, offset=13)
+    assert seams == [13, 45, 64, 77, 96, 109, 141] and {29, 61, 93, 125} < set(inside) and not set(seams) & set(inside)
+    assert end_columns(160, 64, 16) == [16, 32, 128, 144]
+
+
+def test_borders_of_a_run_are_those_of_its_steps():
+    """Drifting windows begin at 13 + 32 k in the second step and not at the columns of the first."""
+    assert canvas_borders(160, 64, 16, "overlap", 3)[0] == 3 * [32, 64, 96, 128]
+    seams, inside = canvas_borders(160, 64, 16, "drift", 2)
+    assert seams == [32, 64, 96, 128, 13, 45, 64, 77, 96, 109, 141]
+    pictures = np.random.default_rng(0).integers(100, 110, (8, 16, 160, 3)).astype(np.uint8)
+    pictures[:, :, 45:109] += 60
+    assert seam_ratio(pictures, seams, inside) > 4
+    assert seam_ratio(pictures, *borders(160, 64, 16)) < 1.25, "the columns of the first step miss it"
 
 
 def test_the_seam_ratio_sees_a_seam_and_only_a_seam():
@@ -78,4 +92,9 @@ def test_one_run_of_skipping_and_panorama(tmp_path):
     assert [row["setting"] for row in rows] == [
         "t_break 0", "t_break 0", "16 x 40 panorama, overlap", "16 x 40 panorama, drift",
     ]  # fmt: skip
-    assert rows[1]["psnr_median"] == 100.0 and rows[2]["seam_ratio"] > 0 and rows[3]["border_ratio"] > 0
+    assert (
+        rows[1]["psnr_median"] == 100.0
+        and rows[2]["seam_ratio"] > 0
+        and rows[3]["border_ratio"] > 0
+        and rows[3]["end_ratio"] > 0
+    )

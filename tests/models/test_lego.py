@@ -94,6 +94,13 @@ def test_skipped_bricks_pass_the_prediction_on():
     assert (middle - model(*inputs()).sample).abs().max() > 1e-3
     last = model(*inputs(), active_bricks=(True, True, False)).sample
     assert torch.equal(last, model(*inputs(), stop_after=1).sample)
+    with pytest.warns(UserWarning, match="brick 1 runs first and reads zeros"):
+        headless = model(*inputs(), active_bricks=(False, True, True), output_bricks=True).bricks
+    assert calls == [4, 4, 3] and len(headless) == 2
+    x, t, y = inputs()
+    conditioning = model.time_embed(t) + model.embed_labels(y, 2, x)
+    canvas = torch.cat([torch.zeros_like(x), x, model.coordinates(16, 16, x).expand(2, -1, -1, -1)], dim=1)
+    assert torch.equal(model.bricks[1](canvas, conditioning), headless[0])
     for wrong, message in (
         ({"active_bricks": (False, False, False)}, "at least one brick"),
         ({"active_bricks": (True,)}, "needs 3 entries, got 1"),
@@ -229,9 +236,20 @@ def test_fresh_bricks_predict_zero_and_the_objective_averages_them():
         ("PG", 64, (2, 4, 6), 384, 6, 3, 34.1),
         ("PR", 64, (6, 4, 2), 384, 6, 3, 34.1),
         ("U", 32, (6, 4, 2, 4, 6), 384, 6, 3, 61.4),
+        ("U", 64, (6, 4, 2, 4, 6), 384, 6, 3, 62.0),
+        ("PG", 32, (4, 8, 12), 1024, 16, 4, 463.3),
+        ("PR", 32, (12, 8, 4), 1024, 16, 4, 463.3),
+        ("PG", 64, (6, 8, 12), 1024, 16, 3, 501.6),
+        ("PR", 64, (12, 8, 6), 1024, 16, 3, 501.6),
         ("PG", 64, (6, 6, 12), 1024, 16, 3, 463.8),
+        ("U", 32, (12, 8, 6, 8, 12), 1024, 16, 4, 884.3),
+        ("U", 64, (12, 8, 6, 8, 12), 1024, 16, 3, 885.4),
         ("PG", 32, (4, 12, 14), 1152, 16, 4, 729.4),
+        ("PR", 32, (14, 12, 4), 1152, 16, 4, 729.4),
+        ("PG", 64, (4, 12, 14), 1152, 16, 3, 730.0),
+        ("PR", 64, (14, 12, 4), 1152, 16, 3, 730.0),
         ("U", 32, (14, 10, 4, 10, 14), 1152, 16, 4, 1262.0),
+        ("U", 64, (14, 12, 4, 12, 14), 1152, 16, 3, 1358.9),
     ],
 )
 def test_parameter_counts(arrangement, resolution, depths, width, heads, channels, millions):

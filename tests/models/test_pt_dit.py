@@ -2,8 +2,8 @@
 
 import argparse
 import itertools
+import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from dit_suite.models.pt_dit import (
 )
 from dit_suite.models.pt_dit_lean import can_run_lean
 from dit_suite.models.shifted_windows import Reorder, window_layout
-from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp, warped_timesteps
+from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp
 
 FIXTURES = sorted((Path(__file__).parents[1] / "golden").glob("pt_dit_*.safetensors"))
 
@@ -90,7 +90,8 @@ def test_golden_output_of_lean_blocks(path, monkeypatch):
     tensors, config = read_fixture(path)
     given, model = section(tensors, "input"), golden.build(tensors, config)
     out = model(given["latent"], given["text_embeds"], given["timestep"], encoder_attention_mask=given["text_mask"])
-    torch.testing.assert_close(out.sample, tensors["output.model"], atol=golden.FORWARD_TOLERANCE, rtol=0)
+    made = golden.as_released(out.sample, model.config.in_channels)
+    torch.testing.assert_close(made, tensors["output.model"], atol=golden.FORWARD_TOLERANCE, rtol=0)
 
 
 def test_the_golden_check_notices_a_changed_weight():
@@ -148,7 +149,37 @@ def test_window_of_one_token_makes_proxies_the_tokens():
     assert torch.equal(block.extract_proxies(tokens, (1, 1, 1), (1, 1, 1)), tokens)
     one = tokens.reshape(32, 1, 32)
     torch.testing.assert_close(block.attn1(one), block.attn1.to_out[0](block.attn1.to_v(one)), atol=1e-6, rtol=0)
+    attended = tokens + block.proxy_attn1(block.norm_proxy(tokens))
+    read = block.pvisual_attn2(block.norm_visual(tokens), block.norm_injected(attended))
+    injected = tokens + read @ block.linear_1_visual.weight.T + block.linear_1_visual.bias
+    torch.testing.assert_close(block.interact_globally(tokens, tokens), injected, atol=1e-6, rtol=0)
+    alone = awake(tiny(shift_window=False)).transformer_blocks[0]
+    layout = window_layout((1, 4, 4), (1, 1, 1), (1, 1, 1), (0, 0, 0), tokens.device)
+    shift, scale, gate = alone.scale_shift_table[:3]
+    through = alone.interact_globally(tokens, tokens)
+    values = alone.attn1.to_out[0](alone.attn1.to_v(alone.norm1(through) * (1 + scale) + shift))
+    made = alone.attend(tokens, torch.zeros(1, 6, 32), layout)
+    torch.testing.assert_close(made, through + gate * values, atol=1e-5, rtol=0)
     assert model(**inputs(), compress_ratios=(1, 1, 1)).sample.isfinite().all()
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_score_matrices_of_a_block(window):
+    """Fact 8, memory: P^2 + N P + 2 N p scores a head where full attention has N^2."""
+    block = awake(tiny(num_layers=1)).transformer_blocks[0]
+    scores, sizes = [], {}
+    for name in ("proxy_attn1", "pvisual_attn2", "attn1", "attn3"):
+        attention = getattr(block, name)
+        attention.to_q.register_forward_hook(lambda module, args, out: sizes.update(q=out.shape))
+        attention.to_k.register_forward_hook(lambda module, args, out: sizes.update(k=out.shape))
+        attention.register_forward_hook(
+            lambda *_: scores.append(sizes["q"][0] * sizes["q"][1] * sizes["k"][1]) or sizes.clear()
+        )
+    ratios = (1, window, window)
+    layout = window_layout((1, 8, 8), ratios, ratios, (0, window // 2, window // 2), torch.device("cpu"))
+    block.attend(torch.randn(1, 64, 32), torch.zeros(1, 6, 32), layout)
+    tokens, size = 64, window**2
+    assert sum(scores) == (tokens // size) ** 2 + tokens * tokens // size + 2 * tokens * size
 
 
 def test_one_window_injects_one_vector_into_every_token():
@@ -209,11 +240,22 @@ def test_proxy_modes():
 def test_random_proxies_pick_every_position_about_equally():
     block = tiny(proxy_mode="random").transformer_blocks[0]
     fixed = block.scattered_positions(16000, 16, torch.device("cpu"))
-    drawn = block.train().pick_member(torch.arange(16.0).expand(16000, 16)[..., None], 0)[:, 0].long()
+    drawn = block.train().pick_member(torch.arange(16.0).expand(1, 16000, 16)[..., None], 0).flatten().long()
     for chosen in (fixed, drawn):
         assert (torch.bincount(chosen, minlength=16) - 1000).abs().max() < 200
     other = tiny(proxy_mode="random").transformer_blocks[1].scattered_positions(64, 16, torch.device("cpu"))
     assert not torch.equal(other, fixed[:64])
+
+
+def test_random_proxies_of_evaluation_are_those_of_every_row():
+    """Guidance puts the same picture into two rows, which must see the same proxies; training draws for each."""
+    block = tiny(proxy_mode="random").transformer_blocks[0]
+    tokens = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0)).expand(2, -1, -1)
+    proxies = block.extract_proxies(tokens, (1, 4, 4), (1, 4, 4))
+    assert torch.equal(proxies[0], proxies[1])
+    assert torch.equal(proxies[:1], block.extract_proxies(tokens[:1], (1, 4, 4), (1, 4, 4)))
+    drawn = torch.stack([block.train().extract_proxies(tokens, (1, 4, 4), (1, 4, 4)) for _ in range(4)])
+    assert not torch.equal(drawn[:, 0], drawn[:, 1])
 
 
 def test_finer_proxies_interleaved_and_contiguous():
@@ -273,6 +315,10 @@ def test_several_sizes_in_one_process_and_sizes_that_do_not_fit():
         model(**inputs(size=(16, 24)))
     with pytest.raises(ValueError, match="height 8, which is not a multiple of the window ratio 3"):
         model(**small, compress_ratios=(1, 3, 2))
+    finer = tiny(proxy_compress_ratios=(1, 2, 2))
+    assert finer.resolve_windows((1, 8, 8), (1, 8, 4))[1] == (1, 2, 2), "windows of a call keep the finer proxies"
+    with pytest.raises(ValueError, match=r"windows of \(1, 1, 4\) tokens are not made of proxies of \(1, 2, 2\)"):
+        finer(**small, compress_ratios=(1, 1, 4))
     with pytest.raises(ValueError, match="multiples of the patch size 2, got 15 x 16"):
         model(**inputs(size=(15, 16)))
 
@@ -391,10 +437,9 @@ def test_parameter_counts(size, millions):
 
 def test_timestep_warp():
     assert resolution_warp(512, 512) == 1 and resolution_warp(1024, 1024) == 2
-    assert warped_timesteps(2, 2.0)[1].item() == pytest.approx(1000 * 2 / 3)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    scheduler.set_timesteps(sigmas=flow_sigmas(7))
-    torch.testing.assert_close(scheduler.timesteps, warped_timesteps(7, 2.0), atol=1e-3, rtol=0)
+    scheduler.set_timesteps(sigmas=flow_sigmas(2))
+    assert scheduler.timesteps.tolist() == pytest.approx([1000, 1000 * 2 / 3])
     assert scheduler.sigmas[0] == 1 and scheduler.sigmas[-1] == 0
 
 
@@ -402,14 +447,12 @@ def test_timestep_warp():
 def test_sampling_a_constant_velocity_adds_it_once(guidance):
     """Fact 15: the steps sum to one, and guidance 1 is the conditional branch."""
     tensors, config = read_fixture(next(path for path in FIXTURES if path.stem == "pt_dit_image"))
-    velocities = torch.tensor([0.7, -0.2]).reshape(2, 1, 1, 1, 1)
+    velocities = torch.tensor([-0.2, 0.7]).reshape(2, 1, 1, 1)
 
-    def constant(latents, *given, **more):
-        return SimpleNamespace(sample=velocities.expand_as(latents))
-
-    constant.config = SimpleNamespace(in_channels=4)
-    made = golden.sample(constant, tensors, config["sample"] | {"cfg_scale": guidance})["sample_final"]
-    wanted = tensors["input.sample_noise"] - 0.2 + guidance * 0.9
+    model = golden.build(tensors, config)
+    model.forward = lambda latents, *given, **more: (velocities[-len(latents) :].expand_as(latents),)
+    made = golden.sample(model, tensors, config["sample"] | {"cfg_scale": guidance})["sample_final"]
+    wanted = tensors["input.sample_noise"] - (-0.2 + guidance * 0.9)
     torch.testing.assert_close(made, wanted, atol=1e-5, rtol=0)
 
 
@@ -422,11 +465,54 @@ def test_converter_is_strict(tmp_path):
     back = model.state_dict()
     assert len(back) == len(weights) - 1
     assert all(torch.equal(back[ours], value) for ours, value in converter.convert_keys(weights).items())
+    turned = back["proj_out.bias"] / weights["proj_out.bias"]
+    assert turned.reshape(4, 8).tolist() == [[-1.0] * 4 + [1.0] * 4] * 4, "x0 - noise becomes noise - x0"
     for name, change in {"extra.weight": torch.zeros(1), "proj_out.bias": None}.items():
         broken = {key: value for key, value in weights.items() if key != name}
         save_file(broken if change is None else broken | {name: change}, tmp_path / "broken.safetensors")
         with pytest.raises(ConversionError, match=name):
             converter.convert(tmp_path / "broken.safetensors", arguments)
+
+
+@torch.no_grad()
+def test_size_conditions_of_the_1024_px_layout(tmp_path):
+    """PixArt's embeddings of height, width and aspect ratio: a third of the width each, added to the time embedding,
+    nothing in a fresh network; the converter finds them by their names."""
+    shape = {"attention_head_dim": 24, "use_additional_conditions": True}
+    added = {"resolution": torch.tensor([[512.0, 1024.0], [64.0, 64.0]]), "aspect_ratio": torch.tensor([[0.5], [1.0]])}
+    given = inputs() | {"added_cond_kwargs": added}
+    fresh = tiny(**shape)
+    fresh.proj_out.weight.normal_()
+    plain = tiny(attention_head_dim=24)
+    plain.load_state_dict(fresh.state_dict(), strict=False)
+    torch.testing.assert_close(fresh(**given).sample, plain(**inputs()).sample, atol=1e-5, rtol=0)
+
+    model = awake(fresh)
+    seen = []
+    model.adaln_single.register_forward_hook(lambda module, args, out: seen.append(out[1]))
+    wanted_sample = model(**given).sample
+    embedder = model.adaln_single.emb
+
+    def features(values):
+        angles = values[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+    resolution = embedder.resolution_embedder(features(added["resolution"].flatten())).reshape(2, 32)
+    sizes = torch.cat([resolution, embedder.aspect_ratio_embedder(features(added["aspect_ratio"].flatten()))], dim=1)
+    wanted = embedder.timestep_embedder(features(given["timestep"])) + sizes
+    torch.testing.assert_close(seen[0], wanted, atol=1e-4, rtol=1e-4)
+
+    def renamed(tensors):
+        return {key.replace("patch_embed.proj", "pos_embed.proj"): value for key, value in tensors.items()}
+
+    names = renamed(converter.convert_keys(renamed(model.state_dict())))  # turning the sign undoes itself
+    assert names["adaln_single.emb.resolution_embedder.linear_1.weight"].shape == (16, 256)
+    save_file({key: value.contiguous() for key, value in names.items()}, tmp_path / "model.safetensors")
+    arguments = argparse.Namespace(heads=2, sample_size=16)
+    converted = converter.convert(tmp_path / "model.safetensors", arguments)
+    assert converted.config.use_additional_conditions
+    made = converted(**given, compress_ratios=(1, 4, 4)).sample
+    torch.testing.assert_close(made, wanted_sample, atol=1e-5, rtol=0)
 
 
 def test_gradients_reach_every_parameter_and_checkpointing_changes_nothing():

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import init_empty_weights
+from accelerate import cpu_offload, init_empty_weights
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,8 +16,11 @@ from dit_suite.converters import ConversionError
 from dit_suite.converters import switch_dit as converter
 from dit_suite.golden import read_fixture, section
 from dit_suite.golden import switch_dit as golden
+from dit_suite.models import switch_dit
 from dit_suite.models.dit import DiTModel, dit_config
 from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel, sliding_window
+from dit_suite.schedulers.step_plan import StepContext, publish_step
+from dit_suite.training import auxiliary
 from dit_suite.training.auxiliary import (
     DiffusionPriorLoss,
     diffusion_prior,
@@ -67,6 +72,12 @@ def test_the_golden_check_notices_swapped_expert_axes():
     key = "state_dict.routers.0.experts.w"
     failed = {r.name for r in golden.check(tensors | {key: tensors[key].mT.contiguous()}, config) if not r.passed}
     assert "router_0.mask" in failed and "router_0.probs" not in failed
+
+
+def test_the_golden_check_names_outputs_that_it_does_not_compare():
+    tensors, config = read_fixture(FOLDER / "switch_dit_dtr.safetensors")
+    with pytest.raises(ValueError, match="nothing is compared with block_9"):
+        golden.check(tensors | {"output.block_9": torch.zeros(1)}, config)
 
 
 def test_zero_experts_and_full_channels_are_the_plain_dit():
@@ -147,6 +158,77 @@ def test_merged_experts_are_reused_per_timestep_and_renewed_with_the_weights(mon
         assert len(calls) == 16
 
 
+@torch.no_grad()
+def test_an_expanded_timestep_is_one_where_values_stay_on_a_device(monkeypatch):
+    """What a GPU runs: values are not looked at, the published step names the timestep, and the two passes of guidance
+    share their experts."""
+    model = tiny()
+    x, t, y = inputs((300, 300, 300))
+    plain = model(x, t, y).sample
+    monkeypatch.setattr(switch_dit, "can_read", lambda timestep: False)
+    model.set_expert_cache(1)
+    merged = []
+    merge = switch_dit.TimestepRouter.merge
+    monkeypatch.setattr(
+        switch_dit.TimestepRouter, "merge", lambda self, gates: merged.append(len(gates)) or merge(self, gates)
+    )
+    expanded = torch.tensor(300).expand(3)
+    torch.testing.assert_close(model(x, expanded, y).sample, plain, atol=1e-5, rtol=0)
+    assert merged == [1, 1], "merged once for the batch; without a published step nothing is kept"
+    merged.clear()
+    for timestep in (300.0, 300.0, 700.0):
+        value = torch.tensor(timestep).expand(3)
+        with publish_step(StepContext(0, 2, timestep)):
+            out = model(x, value, y).sample
+        with torch.enable_grad():
+            torch.testing.assert_close(model(x, value, y).sample.detach(), out, atol=1e-5, rtol=0)
+    assert merged == [1] * 4, "the second pass at 300 takes what the first has merged"
+    merged.clear()
+    torch.testing.assert_close(model(x, t, y).sample, plain, atol=1e-5, rtol=0)
+    assert merged == [3, 3], "values that are not known to be equal have a matrix each, block by block"
+
+
+@torch.no_grad()
+def test_kept_experts_know_autocast_and_adapters():
+    model = tiny()
+    x, t, y = inputs((300, 300, 300))
+    exact = model(x, t, y).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        first = model(x, t, y).sample
+        fresh = tiny()(x, t, y).sample
+    assert torch.equal(first, fresh), "nothing of the float32 pass is used"
+    assert torch.equal(model(x, t, y).sample, exact)
+
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["linear_1", "gate"], init_lora_weights=False), model)
+    strong = model(x, t, y).sample
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scale_layer(3.0)
+    scaled = model(x, t, y).sample
+    model.set_expert_cache(0)
+    assert torch.equal(scaled, model(x, t, y).sample) and (scaled - strong).abs().max() > 1e-4
+
+
+def test_hooks_of_offloading_see_every_use_of_the_weights():
+    """accelerate's sequential offload leaves weights on the meta device outside a module's own `forward`."""
+    model, offloaded = tiny(), tiny()
+    x, t, y = inputs()
+    with torch.no_grad():
+        wanted = [model(x, steps, y).sample for steps in (t, torch.tensor(300).expand(3))]
+        table = model.routing_table()
+        cpu_offload(offloaded, torch.device("cpu"))
+        assert offloaded.routers[0].expert_weight.is_meta
+        for steps, sample in zip((t, torch.tensor(300).expand(3)), wanted, strict=True):
+            torch.testing.assert_close(offloaded(x, steps, y).sample, sample, atol=1e-6, rtol=0)
+        assert torch.equal(offloaded.routing_table(), table) and not offloaded._merged
+    called = []
+    for router in model.routers:
+        router.register_forward_pre_hook(lambda *_: called.append(1))
+    model.train()(x, t, y)
+    model.routing_probabilities(t)
+    assert len(called) == 4
+
+
 def test_no_pass_over_all_timesteps_in_inference():
     model = tiny()
     seen = []
@@ -170,7 +252,7 @@ def test_routing_depends_on_the_timestep_only():
     gates = model.routers[0].gates(embedding)
     assert torch.equal(gates[0], gates[1]) and not torch.equal(gates[0], gates[2])
     with torch.no_grad():
-        plain = model.mixture(0, torch.ones(3, 4, 32), embedding, model.expert_plan(embedding, t))
+        plain = model.mixture(0, torch.ones(3, 4, 32), embedding, model.expert_plan(t))
         assert torch.equal(plain[0], plain[1])
 
 
@@ -190,7 +272,7 @@ def test_the_mask_reaches_the_branches_and_not_the_residual():
         x = torch.randn(3, 16, 32)
         _, t, _ = inputs()
         embedding = model.time_embed(t)
-        out = model.run_block(0, x, embedding, embedding, t, model.expert_plan(embedding, t))
+        out = model.run_block(0, x, embedding, embedding, t, model.expert_plan(t))
         torch.testing.assert_close(out, x, atol=1e-6, rtol=0)
 
 
@@ -214,6 +296,9 @@ def test_prior_loss_of_uniform_and_of_perfect_gates():
     assert uniform.tolist() == pytest.approx([0.1323] * 3, abs=1e-4)
     assert uniform_gate_divergence(3, 2) == pytest.approx(0.1323, abs=1e-4)
     assert uniform_gate_divergence(4, 2) == pytest.approx(0.2158, abs=1e-4)
+    assert uniform_gate_divergence(3, 1) == pytest.approx(0.3182, abs=1e-4)
+    one_of_three = diffusion_prior(1000, 4, 3, 1)[t]
+    assert prior_loss(torch.full((3, 4, 3), 1 / 3), one_of_three).tolist() == pytest.approx([0.3182] * 3, abs=1e-4)
     shuffle = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     assignment, cost = match_units(prior[:, shuffle].bool(), prior)
     assert cost == 0
@@ -239,6 +324,29 @@ def test_prior_loss_for_the_trainer_teaches_the_gates():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_the_prior_loss_ignores_autocast_and_matches_once_per_step(monkeypatch):
+    model = tiny().train()
+    term = DiffusionPriorLoss()
+    term.attach(model)
+    result = ObjectiveResult(torch.zeros(3), torch.tensor([0, 500, 999]))
+    matched = []
+    match = auxiliary.match_units
+    monkeypatch.setattr(auxiliary, "match_units", lambda *given: matched.append(1) or match(*given))
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = term.loss(None, result).mean()
+        loss.backward()
+        gradients.append([router.gate.weight.grad.clone() for router in model.routers])
+    assert len(matched) == 1, "micro-batches of one step share the matching"
+    for exact, cast in zip(*gradients, strict=True):
+        assert exact.abs().max() > 1e-4 and torch.equal(exact, cast)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    term.loss(None, result)
+    assert len(matched) == 2
 
 
 @pytest.mark.parametrize("experts", [3, 6])
@@ -291,7 +399,13 @@ def test_fresh_model_outputs_zero_and_unconditional_table_has_one_row():
 
 
 @pytest.mark.parametrize(
-    "size,dit,total", [("S", 32_865_056, 38_201_156), ("B", 130_315_808, 151_604_804), ("XL", 674_834_720, 786_505_076)]
+    "size,dit,total",
+    [
+        ("S", 32_865_056, 38_201_156),
+        ("B", 130_315_808, 151_604_804),
+        ("L", 457_840_672, 533_485_672),
+        ("XL", 674_834_720, 786_505_076),
+    ],
 )
 def test_parameter_counts(size, dit, total):
     with init_empty_weights():

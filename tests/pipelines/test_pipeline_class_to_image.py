@@ -22,8 +22,10 @@ import dit_suite
 from dit_suite.call_options import ClassToImageOptions
 from dit_suite.converters.dit import make_scheduler
 from dit_suite.models.dit import DiTModel
+from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
 from dit_suite.pipelines.pipeline_class_to_image import ClassToImagePipeline, read_labels
 from dit_suite.schedulers.step_plan import current_step
+from tests.tiny import save_lora
 
 LABELS = {"0": "tench, Tinca tinca", "1": "goldfish", "2": "crane", "3": "crane, machine"}
 
@@ -40,6 +42,10 @@ def randomised(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def tiny_model(in_channels: int = 3, **changes) -> DiTModel:
     shape = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "num_classes": 4, "sample_size": 8}
     return randomised(DiTModel(in_channels=in_channels, **{**shape, **changes}))
+
+
+def tiny_switch() -> SwitchDiTTransformer2DModel:
+    return randomised(SwitchDiTTransformer2DModel(8, 2, 3, 2, 2, 8, num_classes=4))
 
 
 def tiny_vae() -> AutoencoderKL:
@@ -322,6 +328,18 @@ def test_options_are_the_keywords_of_the_call() -> None:
     result = pipe(**given, **options.to_kwargs(), generator=seeds(0), output_type="latent").images
     expected = pipe([1], 2, 4.0, 2, 0.5, generator=seeds(0), output_type="latent").images
     assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("network", [tiny_model, tiny_switch], ids=["dit", "switch-dit"])
+def test_lora_changes_the_picture_and_comes_off(network, tmp_path: Path) -> None:
+    pipe = pipeline(network())
+    arguments = {"class_labels": [1], "num_inference_steps": 2, "output_type": "latent"}
+    before = pipe(**arguments, generator=seeds(0)).images
+    save_lora(network(), tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    assert (pipe(**arguments, generator=seeds(0)).images - before).abs().max() > 1e-2
+    pipe.unload_lora_weights()
+    assert torch.equal(pipe(**arguments, generator=seeds(0)).images, before)
 
 
 def test_label_files(tmp_path: Path) -> None:

@@ -8,17 +8,17 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from safetensors.torch import save_file
 
+from dit_suite.models.pt_dit import PTDiTTransformer3DModel
 from dit_suite.schedulers.diffusers_schedulers import build_scheduler
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.schedulers.step_plan import current_step
-from tests.tiny import tiny_pixart, tiny_text_to_image
+from tests.tiny import save_lora, tiny_pixart, tiny_text_to_image
 
 PROMPT = "red apple , flat style"
 
@@ -194,6 +194,11 @@ def test_second_order_steps_are_told_apart(monkeypatch):
     assert {c.num_steps for _, c in calls} == {3}
 
 
+def test_levels_are_refused_by_solvers_with_a_schedule_of_their_own():
+    with pytest.raises(ValueError, match="with FlowMatchEuler only, not with FlowMatchHeun"):
+        sample(tiny_text_to_image(scheduler=FlowMatchHeunDiscreteScheduler()), schedule="resolution")
+
+
 def test_build_scheduler_keeps_the_flow(pipe):
     scheduler = build_scheduler("dpm-solver", pipe.scheduler, "flow_prediction")
     assert scheduler.config.use_flow_sigmas and scheduler.config.prediction_type == "flow_prediction"
@@ -228,6 +233,10 @@ def test_wrong_scheduler_is_refused(scheduler, message):
         ({"generator": sample_generators(0, range(3))}, "3 generators were given for 1 samples"),
         ({"latents": torch.zeros(1, 3, 4, 4)}, "latents must have the shape"),
         ({"callback_on_step_end_tensor_inputs": ["mask"]}, "not mask"),
+        ({"schedule": "warped"}, "schedule must be one of scheduler, resolution"),
+        ({"sigmas": [0.5, 1.0]}, "sigmas must fall from at most 1"),
+        ({"sigmas": [1.0, 0.5], "schedule": "resolution"}, "not both"),
+        ({"shift": 0.0}, "shift must be above 0"),
     ],
 )
 def test_bad_input_gets_one_sentence(pipe, arguments, message, monkeypatch):
@@ -237,6 +246,68 @@ def test_bad_input_gets_one_sentence(pipe, arguments, message, monkeypatch):
     assert "\n" not in str(error.value) and not calls
 
 
+def flow_levels(pipe) -> list[float]:
+    return [level for level in pipe.scheduler.sigmas.tolist() if level]
+
+
+def test_noise_levels_of_a_call(pipe):
+    """The released PT-DiT schedule: 1 - i/N, shifted by sqrt(pixels) / 512, and both parts on their own."""
+
+    def warped(shift, levels):
+        return pytest.approx([shift * u / (1 + (shift - 1) * u) for u in levels])
+
+    own = sample(pipe)
+    own_levels = flow_levels(pipe)
+    released = sample(pipe, num_inference_steps=4, schedule="resolution")
+    assert flow_levels(pipe) == warped(8 / 512, [1.0, 0.75, 0.5, 0.25])
+    by_hand = sample(pipe, sigmas=[1.0, 0.75, 0.5, 0.25], shift=8 / 512)
+    assert torch.equal(released, by_hand) and not torch.allclose(released, own)
+    sample(pipe, num_inference_steps=2, schedule="resolution", shift=3.0)
+    assert flow_levels(pipe) == warped(3.0, [1.0, 0.5])
+    assert torch.equal(sample(pipe), own) and flow_levels(pipe) == own_levels, "the scheduler is as it was"
+    latent = tiny_text_to_image(vae=True)
+    sample(latent, num_inference_steps=2, schedule="resolution")
+    assert flow_levels(latent) == warped(16 / 512, [1.0, 0.5]), "sizes are pixels, not latents"
+
+
+def tiny_pt_dit(**changes) -> PTDiTTransformer3DModel:
+    torch.manual_seed(6)
+    model = PTDiTTransformer3DModel(
+        2, 8, 3, 3, 2, caption_channels=16, sample_size=16, **{"compress_ratios": (1, 2, 2)} | changes
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def test_windows_of_a_call_reach_pt_dit(pipe, monkeypatch):
+    ours = tiny_text_to_image(transformer=tiny_pt_dit())
+    with_call, configured = sample(ours, compress_ratios=[1, 4, 4]), tiny_pt_dit(compress_ratios=(1, 4, 4))
+    assert torch.equal(with_call, sample(tiny_text_to_image(transformer=configured)))
+    assert not torch.allclose(with_call, sample(ours))
+    monkeypatch.setattr(ours, "encode_prompt", lambda *_: pytest.fail("the sizes were not looked at first"))
+    with pytest.raises(ValueError, match="height 8, which is not a multiple of the window ratio 3"):
+        sample(ours, compress_ratios=(1, 3, 2))
+    with pytest.raises(ValueError, match="height 9, which is not a multiple of the window ratio 2"):
+        sample(ours, height=18)
+    with pytest.raises(ValueError, match="compress_ratios belong to PT-DiT"):
+        sample(pipe, compress_ratios=(1, 2, 2))
+
+
+def test_diffusers_block_cache_keeps_the_guidance_branches_apart():
+    pipe = tiny_text_to_image(transformer=tiny_pt_dit())
+    plain = sample(pipe, num_inference_steps=4, batched_guidance=False)
+    evaluated = []
+    pipe.transformer.transformer_blocks[1].attn1.register_forward_hook(lambda *_: evaluated.append(1))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    first, second = (sample(pipe, num_inference_steps=4, batched_guidance=False) for _ in range(2))
+    assert torch.equal(first, second) and (first - plain).abs().max() > 1e-3
+    assert len(evaluated) == 2 * 2, "each branch runs in full at its first step of each call, and never again"
+    pipe.transformer.disable_cache()
+    again = sample(pipe, num_inference_steps=4, batched_guidance=False)
+    torch.testing.assert_close(again, plain, atol=1e-4, rtol=0)
+
+
 def test_other_sizes(pipe):
     assert sample(pipe, height=12, width=6).shape == (1, 3, 12, 6)
 
@@ -244,14 +315,7 @@ def test_other_sizes(pipe):
 def test_lora_changes_the_picture_and_comes_off(tmp_path):
     pipe = tiny_text_to_image()
     before = sample(pipe)
-    config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
-    donor = inject_adapter_in_model(config, tiny_pixart())
-    for name, parameter in donor.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
-    weights = {f"transformer.{k}": v.contiguous() for k, v in get_peft_model_state_dict(donor).items()}
-    save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
-
+    save_lora(tiny_pixart(), tmp_path)
     pipe.load_lora_weights(tmp_path)
     with torch.no_grad():
         assert not torch.allclose(sample(pipe), before)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 
-from dit_suite.converters import acdit, dit, tarflow
+from dit_suite.converters import acdit, dit, pt_dit, tarflow
 from dit_suite.models.acdit import ACDiTTransformer3DModel
 from dit_suite.models.dit import DiTModel, dit_config
+from dit_suite.models.pt_dit import PT_DIT_SIZES, PTDiTTransformer3DModel
 from dit_suite.models.tarflow import TarFlowModel
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prove_full_size.py"
@@ -43,6 +44,7 @@ def test_converted_layouts_are_the_networks(script) -> None:
         xl = {"num_layers": 28, "num_attention_heads": 18, "block_size": 256}
         pairs = {
             "dit": (dit.rename_from_official, DiTModel(**dit_config("DiT-XL/2"))),
+            "pt_dit": (pt_dit.convert_keys, PTDiTTransformer3DModel(**PT_DIT_SIZES["XL"], sample_size=128)),
             "acdit": (acdit.rename_keys, ACDiTTransformer3DModel(**xl)),
             "tarflow": (
                 tarflow.to_diffusers_keys,

@@ -52,9 +52,21 @@ OURS = {**HEADS, "sample_size": 8, "patch_size": 4, "in_channels": 3, "num_class
 TEXT = {"pipeline": {"prediction_type": "flow_prediction", "max_sequence_length": 6}}
 SPRITES = {"data": {"kind": "sprites", "size": 8, "frames": 4, "count": 16}}
 
+PT_DIT = {
+    **HEADS,
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 3,
+    "out_channels": 3,
+    "caption_channels": 12,
+    "compress_ratios": [1, 2, 2],
+}
+
 CASES: dict[str, dict[str, Any]] = {
     "pixart": {"task": "text-to-image", "technique": "pixart", **TEXT}
     | {"model": {"name": "PixArtTransformer2DModel", "options": PIXART}},
+    "pt-dit": {"task": "text-to-image", "technique": "pt_dit", **TEXT}
+    | {"model": {"name": "pt_dit", "options": PT_DIT}},
     "wan": {"task": "text-to-video", "technique": "wan", **TEXT, **SPRITES}
     | {"model": {"name": "WanTransformer3DModel", "options": WAN}},
     "diffusers-dit": {"model": {"name": "DiTTransformer2DModel", "options": DIFFUSERS_DIT}}
@@ -158,6 +170,23 @@ def test_trains(name, tmp_path):
 
     loaded = load_pipeline(target).transformer
     assert type(loaded) is type(trainer.bare) and not any(p.is_meta for p in loaded.parameters())
+
+
+@pytest.mark.parametrize("name", ["pt-dit", "switch-dit"])
+def test_bfloat16_training_is_near_float32(name, tmp_path):
+    losses = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        folder = tmp_path / precision
+        values = {**tiny_values(folder, max_steps=2, batch_size=4, precision=precision), **CASES[name]}
+        if values["task"].startswith("text"):
+            values["condition"] = {"states": str(_states(tmp_path / "captions.safetensors")), "max_length": 6}
+            values["data"] = {**values["data"], "captions": [1.0]}
+        Trainer(config_from_dict(values)).run()
+        losses[precision] = torch.tensor([loss for _, loss, _ in curve(folder)])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not torch.equal(losses["no"], losses["bf16"])
+    torch.testing.assert_close(losses["bf16"], losses["no"], atol=0, rtol=0.02)
 
 
 def test_preview_of_a_text_model(tmp_path):
