@@ -21,7 +21,7 @@ class TextToImageOptions(Options):
     guidance_scale: float = option(4.0, "classifier-free guidance; 1 or less turns it off", minimum=0.0, maximum=30.0)
     height: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096, advanced=True)
     width: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096, advanced=True)
-    schedule: str = option(
+    levels: str = option(
         "scheduler",
         "noise levels: the scheduler's own, or 1 - i/N shifted by the resolution (released PT-DiT)",
         choices=("scheduler", "resolution"),

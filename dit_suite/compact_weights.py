@@ -5,6 +5,7 @@ matrix (biases, norms, tables) stays in float16. Networks compute in the usual d
 run. `compact_weights.py FOLDER` makes one from any pipeline folder.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dit_suite.metadata import write_atomically
+from dit_suite.metadata import write_atomically, write_json
 
 FILE_NAME = "weights.int8.safetensors"
 SCALE = ".int8_scale"
@@ -63,6 +64,9 @@ def save_compact(network: Any, folder: Path) -> None:
     """Writes `config.json` and the weights of a diffusers model."""
     folder.mkdir(parents=True, exist_ok=True)
     network.save_config(folder)
+    path = folder / network.config_name
+    config = json.loads(path.read_text("utf-8"))
+    write_json({key: value for key, value in config.items() if key != "_name_or_path"}, path)
     stored = to_int8(network.state_dict())
     write_atomically(folder / FILE_NAME, lambda temporary: save_file(stored, temporary, metadata={"format": "pt"}))
     (folder / FILE_NAME).chmod(0o644)

@@ -37,7 +37,7 @@ from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp
 from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
-SCHEDULES = ("scheduler", "resolution")
+LEVELS = ("scheduler", "resolution")
 
 
 class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, DiffusionPipeline, LoraMixin):
@@ -128,21 +128,21 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
         num_inference_steps: int,
         height: int,
         width: int,
-        schedule: str,
+        levels: str,
         sigmas: Sequence[float] | None,
         shift: float | None,
     ) -> tuple[list[float] | None, float | None]:
         """Noise levels before the shift, and the shift; None stands for the scheduler's own.
 
         Raises:
-            ValueError: the schedule is unknown, or levels are given twice.
+            ValueError: the choice of levels is unknown, or they are given twice.
         """
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        if schedule == "scheduler":
+        if levels not in LEVELS:
+            raise ValueError(f"levels must be one of {', '.join(LEVELS)}, got {levels!r}")
+        if levels == "scheduler":
             return None if sigmas is None else list(sigmas), shift
         if sigmas is not None:
-            raise ValueError("give either sigmas or schedule='resolution', not both")
+            raise ValueError("give either sigmas or levels='resolution', not both")
         return flow_sigmas(num_inference_steps), resolution_warp(height, width) if shift is None else shift
 
     def encode_prompt(
@@ -230,7 +230,7 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
         negative_prompt_embeds: torch.Tensor | None = None,
         negative_prompt_attention_mask: torch.Tensor | None = None,
         batched_guidance: bool = True,
-        schedule: str = "scheduler",
+        levels: str = "scheduler",
         sigmas: Sequence[float] | None = None,
         shift: float | None = None,
         compress_ratios: Sequence[int] | None = None,
@@ -252,7 +252,7 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
             latents: initial noise `(B, C, h, w)` with unit variance, instead of drawing it.
             prompt_embeds, prompt_attention_mask: `(B, L, D)` and `(B, L)` instead of `prompt`; likewise the negatives.
             batched_guidance: both guidance halves in one batch (faster), or one after the other (less memory).
-            schedule: which noise levels are visited: the "scheduler"'s own, or "resolution": 1 - i/N, leaning to high
+            levels: which noise levels are visited: the "scheduler"'s own, or "resolution": 1 - i/N, leaning to high
                 noise for large pictures (1 for 512 x 512 pixels), as the released PT-DiT is sampled.
             sigmas: the levels themselves before the shift, falling from at most 1 to above 0; they decide the number of
                 steps. FlowMatchEuler only, like "resolution" and `shift`.
@@ -275,7 +275,7 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
         callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
         height = height or self._default_size()
         width = width or self._default_size()
-        sigmas, shift = self.resolve_levels(num_inference_steps, height, width, schedule, sigmas, shift)
+        sigmas, shift = self.resolve_levels(num_inference_steps, height, width, levels, sigmas, shift)
         total = self.check_inputs(
             prompt, negative_prompt, num_images_per_prompt, num_inference_steps, height, width, generator, latents,
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask, output_type,

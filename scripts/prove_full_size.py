@@ -229,7 +229,7 @@ def sample_pt_dit(folder: Path, parts: Path) -> tuple[torch.nn.Module, Any]:
         prediction_type="flow_prediction",
         max_sequence_length=120,
     )
-    return model, pipe("a red apple", num_inference_steps=1, height=256, width=256, schedule="resolution",
+    return model, pipe("a red apple", num_inference_steps=1, height=256, width=256, levels="resolution",
                        generator=_generator(), output_type="np").images  # fmt: skip
 
 

@@ -71,6 +71,7 @@ def test_the_folder_opens_and_trains(folders, tmp_path, capsys):
     assert 0 < (ours - theirs).norm() / theirs.norm() < 0.02
     assert load_pipeline(small, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
     assert find_checkpoint(small).weights_sha256 != find_checkpoint(usual).weights_sha256
+    assert "_name_or_path" not in (small / "transformer/config.json").read_text()
     values = tiny_values(tmp_path / "run", max_steps=1) | {"init_from": str(small)}
     values["model"] = {
         "name": "dit_suite.grafting.models:GraftedDiTModel",

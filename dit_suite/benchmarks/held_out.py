@@ -61,10 +61,10 @@ class HeldOut:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, data: Path, output: Path, count: int, features: str) -> "HeldOut":
-        """The held-out pictures of what a checkpoint was trained on: of its classes where it has `labels.json`, else
-        of the default styles with captions."""
+        """The held-out pictures of what a checkpoint was trained on: a class-conditional one's own classes
+        (`labels.json`) at its size, else the default styles."""
         kind = checkpoint.technique.options_class().condition
-        if not (checkpoint.folder / LABEL_FILE).is_file():
+        if kind != "class_labels" or not (checkpoint.folder / LABEL_FILE).is_file():
             return cls(data, output, count, features=features, kind=kind)
         table = LabelTable.load(checkpoint.folder)
         config = json.loads((checkpoint.folder / "transformer" / "config.json").read_text("utf-8"))

@@ -2,7 +2,7 @@
 
 The released network predicts x0 - noise; this suite and diffusers' flow schedulers take noise - x0. The converter turns
 the sign of the prediction, so that the result is a "flow_prediction" network like any other. The released sampler is
-`TextToImagePipeline` with `schedule="resolution"`.
+`TextToImagePipeline` with `levels="resolution"`.
 """
 
 import argparse

@@ -196,7 +196,7 @@ def test_second_order_steps_are_told_apart(monkeypatch):
 
 def test_levels_are_refused_by_solvers_with_a_schedule_of_their_own():
     with pytest.raises(ValueError, match="with FlowMatchEuler only, not with FlowMatchHeun"):
-        sample(tiny_text_to_image(scheduler=FlowMatchHeunDiscreteScheduler()), schedule="resolution")
+        sample(tiny_text_to_image(scheduler=FlowMatchHeunDiscreteScheduler()), levels="resolution")
 
 
 def test_build_scheduler_keeps_the_flow(pipe):
@@ -233,9 +233,9 @@ def test_wrong_scheduler_is_refused(scheduler, message):
         ({"generator": sample_generators(0, range(3))}, "3 generators were given for 1 samples"),
         ({"latents": torch.zeros(1, 3, 4, 4)}, "latents must have the shape"),
         ({"callback_on_step_end_tensor_inputs": ["mask"]}, "not mask"),
-        ({"schedule": "warped"}, "schedule must be one of scheduler, resolution"),
+        ({"levels": "warped"}, "levels must be one of scheduler, resolution"),
         ({"sigmas": [0.5, 1.0]}, "sigmas must fall from at most 1"),
-        ({"sigmas": [1.0, 0.5], "schedule": "resolution"}, "not both"),
+        ({"sigmas": [1.0, 0.5], "levels": "resolution"}, "not both"),
         ({"shift": 0.0}, "shift must be above 0"),
     ],
 )
@@ -258,15 +258,15 @@ def test_noise_levels_of_a_call(pipe):
 
     own = sample(pipe)
     own_levels = flow_levels(pipe)
-    released = sample(pipe, num_inference_steps=4, schedule="resolution")
+    released = sample(pipe, num_inference_steps=4, levels="resolution")
     assert flow_levels(pipe) == warped(8 / 512, [1.0, 0.75, 0.5, 0.25])
     by_hand = sample(pipe, sigmas=[1.0, 0.75, 0.5, 0.25], shift=8 / 512)
     assert torch.equal(released, by_hand) and not torch.allclose(released, own)
-    sample(pipe, num_inference_steps=2, schedule="resolution", shift=3.0)
+    sample(pipe, num_inference_steps=2, levels="resolution", shift=3.0)
     assert flow_levels(pipe) == warped(3.0, [1.0, 0.5])
     assert torch.equal(sample(pipe), own) and flow_levels(pipe) == own_levels, "the scheduler is as it was"
     latent = tiny_text_to_image(vae=True)
-    sample(latent, num_inference_steps=2, schedule="resolution")
+    sample(latent, num_inference_steps=2, levels="resolution")
     assert flow_levels(latent) == warped(16 / 512, [1.0, 0.5]), "sizes are pixels, not latents"
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dit_suite.caching.plan import BACSchedule
+from dit_suite.caching.plan import BACConfig, BACSchedule
 from dit_suite.caching.profile import SimilarityProfile
+from dit_suite.options import fields_of
+from dit_suite.registry import TECHNIQUES
 from tests.tiny import save_tiny
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "calibrate_bac.py"
@@ -50,3 +52,10 @@ def test_a_target_out_of_reach(main, call, tmp_path, capsys):
     assert main([*call, "--psnr", "500", "--output", str(tmp_path)]) == 2
     assert "no budget up to 7 computed steps reaches 500" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_no_option_of_a_pipeline_is_called_like_one_of_a_plug_in():
+    """The command takes both as flags."""
+    ours = {field.name for field in fields_of(BACConfig)}
+    taken = {row.name: ours & {field.name for field in fields_of(row.options_class())} for row in TECHNIQUES}
+    assert not any(taken.values()), taken
