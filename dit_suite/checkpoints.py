@@ -219,7 +219,9 @@ def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None)
     inside = checkpoint.folder / "transformer"
     if is_compact(inside):
         network = _network_class(str(_component_class(model_index, "transformer")), checkpoint.technique)
-        given["transformer"] = load_network(network, inside).to(dtype or torch.float32)
+        given["transformer"] = load_network(network, inside)
+        if dtype not in (None, torch.float32):
+            given["transformer"].to(dtype)
     try:
         pipe = pipeline_class.from_pretrained(
             checkpoint.folder, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=True, **given

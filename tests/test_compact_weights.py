@@ -92,3 +92,19 @@ def test_refusals(folders, capsys):
     save_file({key: value for key, value in tensors.items() if not key.startswith(name)}, path)
     with pytest.raises(ValueError, match="do not fit GraftedDiTModel"):
         load_network(GraftedDiTModel, small / "transformer")
+
+
+def test_the_grafted_bundle_draws_what_the_original_draws():
+    """Text to picture from stored bytes; `docs/grafting.md` has the distances of many pictures."""
+    pictures = []
+    for name in ("emoji-pixart-64", "emoji-pixart-64-graft"):
+        pipe = load_pipeline(name)
+        pipe.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        prompts = ["red apple, flat style", "rainbow, gradient style"]
+        pictures.append(pipe(prompts, num_inference_steps=6, generator=generators, output_type="pt").images)
+    assert sum(p.numel() for p in pipe.transformer.parameters()) == 8_092_976
+    assert [unit["ratio"] for unit in pipe.transformer.config.graft_plan["mlp"].values()] == [2.0] * 4
+    error = (pictures[0] - pictures[1]).square().mean((1, 2, 3))
+    other = (pictures[0] - pictures[1].flip(0)).square().mean((1, 2, 3))
+    assert (error < 0.25 * other).all()
