@@ -78,6 +78,18 @@ def resolve(reference: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def resolve_named(reference: str) -> Any:
+    """`resolve` for a reference that a user wrote.
+
+    Raises:
+        ValueError: there is no such module, or no such name in it.
+    """
+    try:
+        return resolve(reference)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{reference!r} can't be imported: {error}") from None
+
+
 TECHNIQUES: tuple[Technique, ...] = (
     Technique(
         name="pixart",

@@ -15,7 +15,7 @@ from dit_suite.data.labels import FILE_NAME as LABEL_FILE
 from dit_suite.data.labels import LabelTable
 from dit_suite.data.procedural import shapes_set, sprites_set
 from dit_suite.data.tables import read_rows
-from dit_suite.registry import resolve
+from dit_suite.registry import resolve, resolve_named
 from dit_suite.training.config import DataSection
 from dit_suite.training.draws import Draws, Stream
 
@@ -362,4 +362,4 @@ def open_source(section: DataSection) -> Source:
     if ":" not in section.kind:
         names = ", ".join(name for name, _ in KINDS)
         raise ValueError(f"data.kind must be one of {names}, or module:function, got {section.kind!r}")
-    return resolve(section.kind)(section)
+    return resolve_named(section.kind)(section)

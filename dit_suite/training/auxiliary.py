@@ -41,7 +41,7 @@ def match_units(selected: torch.Tensor, prior: torch.Tensor) -> tuple[torch.Tens
         `assignment (units,)`, the prior unit of each gate unit, and the number of disagreements. Prior units that are
         on at every timestep are alike, so several assignments may be equally good.
     """
-    gates, target = selected.double().cpu(), prior.double().cpu()
+    gates, target = selected.cpu().double(), prior.cpu().double()
     cost = gates.sum(0)[:, None] + target.sum(0)[None] - 2 * gates.T @ target
     rows, columns = linear_sum_assignment(cost.numpy())
     return torch.as_tensor(columns, device=selected.device), int(cost[rows, columns].sum())

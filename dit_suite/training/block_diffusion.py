@@ -37,7 +37,7 @@ class BlockDiffusion(Options):
         clean = latents_to_blocks(samples, self.patch_size, self.block_size, self.square_blocks)
         tables = named_tables("linear", self.train_steps)
         timestep = batch.draws.integers(Stream.TIMESTEP, self.train_steps, (clean.shape[1],))
-        abar = tables.alphas_cumprod.to(timestep.device)[timestep].float()[..., None, None]
+        abar = tables.alphas_cumprod.float().to(timestep.device)[timestep][..., None, None]
         noise = batch.draws.normal(Stream.NOISE, clean.shape[1:])
         noisy = abar.sqrt() * clean + (1.0 - abar).sqrt() * noise
         output = model(noisy, timestep=timestep, clean_hidden_states=clean, **batch.condition)

@@ -14,7 +14,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from dit_suite.compact_weights import load_network
-from dit_suite.registry import TECHNIQUES, acceleration, resolve, technique
+from dit_suite.registry import TECHNIQUES, acceleration, resolve_named, technique
 from dit_suite.training.config import OptimizerSection, Part, RunSection, TrainConfig
 
 
@@ -28,10 +28,7 @@ def find_class(name: str) -> type:
         if row.name == name:
             return row.model_class()
     if ":" in name:
-        try:
-            return resolve(name)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{name!r} can't be imported: {error}") from None
+        return resolve_named(name)
     found = getattr(diffusers, name, None)
     if not isinstance(found, type):
         names = ", ".join(row.name for row in TECHNIQUES)

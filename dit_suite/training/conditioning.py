@@ -190,6 +190,10 @@ def make_conditioner(config: TrainConfig, source: Source, model: torch.nn.Module
     """The conditioner of the config's task.
 
     Raises:
-        FileNotFoundError, ValueError: the data set lacks what the task needs.
+        FileNotFoundError, ValueError: the data set lacks what the task needs, or the task has no sample grids and the
+            config asks for them.
     """
-    return _BY_TASK[config.task](config, source, model)
+    conditioner = _BY_TASK[config.task](config, source, model)
+    if config.run.preview_every:
+        conditioner.preview(config.run.preview_count)
+    return conditioner

@@ -104,7 +104,7 @@ class RunSection(Options):
     """How long, how large, where."""
 
     output: str = option("", "folder of the run (default: runs/<name>)")
-    seed: int = option(0, "seed of weights, data order, noise, timesteps and dropout", minimum=0)
+    seed: int = option(0, "seed of weights, data order, noise, timesteps and dropout", minimum=0, maximum=2**31)
     max_steps: int = option(0, "optimizer steps; 0 derives them from max_minutes", minimum=0)
     max_minutes: float = option(0.0, "stop, save and export after this long; 0 means no limit", minimum=0.0)
     batch_size: int = option(64, "samples per optimizer step over all processes", minimum=1)
@@ -154,7 +154,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {self.task!r}")
-        if not self.name or "/" in self.name:
+        if not isinstance(self.name, str) or not self.name or "/" in self.name:
             raise ValueError(f"name must be a plain word, got {self.name!r}")
 
     @property
@@ -222,9 +222,10 @@ def _part(key: str, value: Any) -> Part | None:
     for inner in ("options", "call"):
         if not isinstance(value.get(inner) or {}, Mapping):
             raise ValueError(f"{key}.{inner} must be a mapping, got {value[inner]!r}")
-    return Part(
-        value["name"], dict(value.get("options") or {}), dict(value.get("call") or {}), float(value.get("weight", 1.0))
-    )
+    weight = value.get("weight", 1.0)
+    if not isinstance(weight, int | float) or isinstance(weight, bool):
+        raise ValueError(f"{key}.weight must be a number, got {weight!r}")
+    return Part(value["name"], dict(value.get("options") or {}), dict(value.get("call") or {}), float(weight))
 
 
 def _worded(section: type[Options], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,10 +98,11 @@ class Draws:
         return values.flatten(1)[:, :count].reshape(-1, *shape)
 
     def integers(self, stream: Stream, high: torch.Tensor | int, shape: Sequence[int] = ()) -> torch.Tensor:
-        """int64 (batch, *shape) in [0, high); `high` broadcasts."""
-        values = self.uniform(stream, shape).double() * high
-        limit = torch.as_tensor(high, device=values.device) - 1
-        return torch.minimum(values.floor().long(), limit.broadcast_to(values.shape).long())
+        """int64 (batch, *shape) in [0, high); `high`, at most 2^24, broadcasts."""
+        count = math.prod(shape)
+        words = self._words(stream, count).flatten(1)[:, :count].reshape(-1, *shape)
+        # floor(uniform * high) in integers, exact on every device: the uniform is (2 (word >> 9) + 1) / 2^24
+        return ((2 * (words >> 9) + 1) * high) >> 24
 
 
 @lru_cache(maxsize=2)

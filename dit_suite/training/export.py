@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dit_suite.checkpoints import SHARD_SIZE
 from dit_suite.data.labels import FILE_NAME as LABEL_FILE
 from dit_suite.data.labels import LabelTable
 from dit_suite.data.tables import replacing_folder, write_json
+from dit_suite.metadata import write_png
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.training.build import construct, make_pipeline
 from dit_suite.training.config import TrainConfig
@@ -88,6 +88,4 @@ def preview(config: TrainConfig, network: torch.nn.Module, conditions: dict[str,
 def save_picture(path: Path, grid: torch.Tensor) -> None:
     """Writes a grid as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")
-    Image.fromarray(grid.permute(1, 2, 0).numpy()).save(part, "PNG")
-    os.replace(part, path)
+    write_png(Image.fromarray(grid.permute(1, 2, 0).numpy()), path, None)

@@ -1,7 +1,6 @@
 """The log of a run: JSON lines, tensorboard, throughput, and how much of the device is used."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,8 +10,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
+from dit_suite.data.tables import write_text
+
 # Dense bfloat16 peaks in TFLOP/s from the makers' data sheets.
-PEAKS = (("H200", 989.0), ("H100", 989.0), ("A100", 312.0), ("L40S", 362.0), ("L4", 121.0), ("4090", 165.0))
+PEAKS = (
+    ("H200", 989.0), ("H100 PCIe", 756.0), ("H100", 989.0), ("A100", 312.0), ("L40S", 362.0), ("L40", 181.0),
+    ("L4", 121.0), ("4090", 165.0),
+)  # fmt: skip
 
 
 def peak_tflops(device: torch.device, configured: float) -> float:
@@ -28,6 +32,14 @@ def flops_per_sample(step: Callable[[], torch.Tensor], count: int) -> float:
     with FlopCounterMode(display=False) as counter:
         step().backward()
     return counter.get_total_flops() / count
+
+
+def _is_up_to(line: str, start: int) -> bool:
+    """Whether a line of the log belongs to a step that is not done again; a line cut short by a kill does not."""
+    try:
+        return json.loads(line)["step"] <= start
+    except json.JSONDecodeError:
+        return False
 
 
 class Monitor:
@@ -47,10 +59,8 @@ class Monitor:
             return
         folder.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text("utf-8").splitlines() if self.path.is_file() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        part = folder / ".log.part"
-        part.write_text("".join(line + "\n" for line in kept), "utf-8")
-        os.replace(part, self.path)
+        kept = [line for line in lines if _is_up_to(line, start)]
+        write_text(self.path, "".join(line + "\n" for line in kept))
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
 
     def rate(self, samples: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from dit_suite.options import Options, option
-from dit_suite.registry import resolve
+from dit_suite.registry import resolve, resolve_named
 from dit_suite.training.draws import Draws, Stream
 from dit_suite.training.uncertainty import UncertaintyWeighting
 
@@ -188,7 +188,7 @@ def named_tables(schedule: str, steps: int) -> DiffusionTables:
 
 
 def _at(table: torch.Tensor, timestep: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return expand_to(table.to(timestep.device)[timestep].float(), like)
+    return expand_to(table.float().to(timestep.device)[timestep], like)
 
 
 def signal_and_noise(
@@ -275,9 +275,9 @@ def variational_bound(
 
 def min_snr_weight(tables: DiffusionTables, timestep: torch.Tensor, gamma: float, kind: str) -> torch.Tensor:
     """Hang et al. 2023: min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v; `(batch,)`."""
-    abar = tables.alphas_cumprod.to(timestep.device)[timestep]
-    snr = abar / (1.0 - abar)
-    return (snr.clamp(max=gamma) / (snr + (1.0 if kind == "v" else 0.0))).float()
+    snr = tables.alphas_cumprod / (1.0 - tables.alphas_cumprod)
+    weight = snr.clamp(max=gamma) / (snr + (1.0 if kind == "v" else 0.0))
+    return weight.float().to(timestep.device)[timestep]
 
 
 @dataclass(frozen=True)
@@ -463,4 +463,4 @@ def objective_class(name: str) -> type[Options]:
     if ":" not in name:
         names = ", ".join(known for known, _ in OBJECTIVES)
         raise ValueError(f"there is no objective {name!r}; the names are {names}, or module:Class")
-    return resolve(name)
+    return resolve_named(name)

@@ -7,7 +7,7 @@ tensors are stored whole, a run may go on with another number of processes.
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,20 @@ class Progress:
         total: steps of the whole run; 0 as long as it has not been derived from the time limit.
         pending: losses since the last log line.
         identity: the config's identity.
+        last_loss: of the last step.
     """
 
     step: int = 0
     total: int = 0
-    pending: list[dict[str, float]] | None = None
+    pending: list[dict[str, float]] = field(default_factory=list)
     identity: str = ""
+    last_loss: float | None = None
+
+    def collect(self, losses: list[dict[str, float]]) -> None:
+        """Adds the losses of further steps."""
+        if losses:
+            self.pending = self.pending + losses
+            self.last_loss = losses[-1]["loss"]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -97,8 +105,9 @@ def save_state(
     about: dict[str, Any] = {
         "step": progress.step,
         "total": progress.total,
-        "pending": progress.pending or [],
+        "pending": progress.pending,
         "identity": progress.identity,
+        "last_loss": progress.last_loss,
     }
     if ema is not None:
         names = [name for name, _ in network.named_parameters()]
@@ -136,7 +145,7 @@ def load_state(
     """
     found = states(folder)
     if not found:
-        return Progress(identity=identity, pending=[])
+        return Progress(identity=identity)
     newest = found[-1]
     about = json.loads((newest / "state.json").read_text("utf-8"))
     if about["identity"] != identity:
@@ -158,7 +167,7 @@ def load_state(
         stored = load_file(newest / "weighting.safetensors")
         weighting.load_state_dict({name: stored[name] for name in weighting.state_dict()})
         _load_moments(weighting, optimizer, stored)
-    return Progress(about["step"], about["total"], about["pending"], identity)
+    return Progress(about["step"], about["total"], about["pending"], identity, about.get("last_loss"))
 
 
 def _difference(old: str, new: str) -> str:

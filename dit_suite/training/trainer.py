@@ -92,7 +92,7 @@ class Trainer:
             self.ema = EMAModel(
                 self.bare.parameters(), decay=config.ema.decay, use_ema_warmup=config.ema.warmup, foreach=True
             )
-        self.progress = Progress(identity=config.identity(), pending=[])
+        self.progress = Progress(identity=config.identity())
         self.stop_requested = False
 
     def request_stop(self) -> None:
@@ -262,11 +262,12 @@ class Trainer:
             config.output.mkdir(parents=True, exist_ok=True)
             for stale in (config.output / "state").glob(".*.part"):
                 shutil.rmtree(stale)
-            write_text(config.output / "config.yaml", config_text(config))
         self.accelerator.wait_for_everyone()
         self.progress = progress = load_state(
             config.output / "state", self.bare, self.optimizer, self.ema, progress.identity, self.weighting
         )
+        if self.accelerator.is_main_process:
+            write_text(config.output / "config.yaml", config_text(config))
         progress.total = progress.total or run.max_steps
         provisional = progress.total or 10**9
         monitor = Monitor(config.output, progress.step, self.accelerator.is_main_process)
@@ -286,9 +287,9 @@ class Trainer:
                 out_of_time = run.max_minutes and time.monotonic() - begin > run.max_minutes * 60.0
                 self.stop_requested = self._agree(self.stop_requested)
                 stopped = self._agree(bool(out_of_time)) or self.stop_requested
-            saving = progress.step % run.save_every == 0 or stopped
+            saving = progress.step % run.save_every == 0 or progress.step == progress.total or stopped
             if logging or saving:
-                progress.pending = (progress.pending or []) + self._reduced(collected)
+                progress.collect(self._reduced(collected))
                 collected = []
             if logging:
                 self._log(monitor, since)
@@ -299,7 +300,7 @@ class Trainer:
                 self._preview(progress.step, monitor)
             if run.export_every and progress.step % run.export_every == 0:
                 self._export(config.output / "checkpoints" / f"step_{progress.step:08d}")
-        return self._finish(monitor, collected, since)
+        return self._finish(monitor, since)
 
     def _may_derive_total(self, timed: int) -> bool:
         """First after some timed steps, then at every saved state until the decay begins: until then the learning rate
@@ -326,17 +327,14 @@ class Trainer:
             f"{self.accelerator.num_processes} process(es) on {self.accelerator.device.type}{operations}"
         )
 
-    def _finish(self, monitor: Monitor, collected: list[dict[str, torch.Tensor]], since: int) -> Path | None:
-        self.progress.pending = (self.progress.pending or []) + self._reduced(collected)
-        if self.stop_requested:
-            self._save()
+    def _finish(self, monitor: Monitor, since: int) -> Path | None:
+        """What is left to do after the last step, whose state is saved."""
+        if self._agree(self.stop_requested):
             monitor.close()
             return None
-        last = self.progress.pending[-1]["loss"] if self.progress.pending else None
         if self.progress.step > since:
             self._log(monitor, since)
-        self._save()
-        target = self._export(self.config.output / "checkpoint", last_loss=last)
+        target = self._export(self.config.output / "checkpoint", last_loss=self.progress.last_loss)
         monitor.close()
         return target
 

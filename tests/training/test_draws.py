@@ -1,5 +1,6 @@
 """The counter-based random numbers: known answers, independence of the batch, distribution."""
 
+import pytest
 import torch
 
 from dit_suite.training.draws import Draws, Stream, philox, shuffled_indices
@@ -42,6 +43,15 @@ def test_moments():
     integers = draws.integers(Stream.TIMESTEP, 7, (1024,))
     share = torch.bincount(integers.flatten(), minlength=7) / integers.numel()
     assert integers.max() == 6 and (share - 1 / 7).abs().max() < 0.005
+
+
+@pytest.mark.parametrize("high", [1, 7, 1000, 2**24])
+def test_integers_are_the_floor_of_the_uniform(high):
+    draws = Draws(3, 1, torch.arange(64))
+    uniform = draws.uniform(Stream.WINDOW, (100,)).double()
+    assert torch.equal(draws.integers(Stream.WINDOW, high, (100,)), (uniform * high).floor().long())
+    rows = torch.arange(64) + high
+    assert torch.equal(draws.integers(Stream.WINDOW, rows), (uniform[:, 0] * rows).floor().long())
 
 
 def test_every_epoch_is_a_permutation_and_slices_agree():

@@ -40,6 +40,7 @@ def test_checkpoint_opens_and_holds_the_averaged_weights(finished):
     assert torch.equal(saved, averaged[name]) and not torch.equal(saved, last[name])
     about = json.loads((folder / "checkpoint/training.json").read_text())
     assert about["steps"] == 12 and about["config"]["optimizer"]["lr"] == 0.003
+    assert about["last_loss"] == curve(folder)[-1][1]
     assert str(folder) not in json.dumps(about)
 
 
@@ -56,6 +57,8 @@ def test_stopped_run_goes_on_bit_for_bit(finished, tmp_path):
 
     first.step = counted
     assert first.run() is None and len(curve(tmp_path / "run")) == 6
+    with (tmp_path / "run/log.jsonl").open("a", encoding="utf-8") as log:
+        log.write('{"step": 7, "lo')  # a line that a kill cut short
     Trainer(other).run()
     assert curve(tmp_path / "run") == curve(folder)
     ends = [load_file(states(place / "state")[-1] / "model.safetensors") for place in (folder, tmp_path / "run")]
@@ -143,11 +146,18 @@ def test_number_of_classes_must_be_that_of_the_data(tmp_path):
     assert trainer.bare.config.num_classes == 16 and trainer.config.identity() == tiny(tmp_path).identity()
 
 
-def test_other_settings_are_refused(finished):
-    config, _ = finished
+def test_other_settings_are_refused_and_change_nothing(finished):
+    config, folder = finished
     changed = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=1e-4))
     with pytest.raises(ValueError, match=r"optimizer.lr was 0.003, now 0.0001"):
         Trainer(changed).run()
+    assert load_config(folder / "config.yaml").identity() == config.identity()
+
+
+def test_grids_of_an_action_model_are_refused_before_the_first_step(tmp_path):
+    values = tiny_values(tmp_path, preview_every=1) | {"task": "action-to-video"}
+    with pytest.raises(ValueError, match=r"set run.preview_every=0"):
+        Trainer(config_from_dict(values))
 
 
 def test_loss_falls(tmp_path):
@@ -204,6 +214,12 @@ def test_config_errors_name_the_key(tmp_path):
         Trainer(config_from_dict({**values, "model": {"name": "dit", "options": {"depth": 3}}}))
     with pytest.raises(ValueError, match="no class of diffusers"):
         Trainer(config_from_dict({**values, "model": "NoSuchNetwork"}))
+    with pytest.raises(ValueError, match=r"'dit_suite.training.objectives:Nothing' can't be imported"):
+        Trainer(config_from_dict({**values, "objective": "dit_suite.training.objectives:Nothing"}))
+    with pytest.raises(ValueError, match=r"'no_such_module:reader' can't be imported"):
+        Trainer(config_from_dict({**values, "data": {"kind": "no_such_module:reader"}}))
+    with pytest.raises(ValueError, match=r"auxiliary.weight must be a number, got 'much'"):
+        config_from_dict({**values, "auxiliary": {"name": "a:B", "weight": "much"}})
 
 
 def test_config_round_trip_and_overrides(tmp_path):
