@@ -11,6 +11,7 @@ from diffusers.video_processor import VideoProcessor
 from dit_suite.models.acdit import ACDiTTransformer3DModel
 from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
 from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, initial_noise
+from dit_suite.schedulers.diffusers_schedulers import step_arguments
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 
@@ -166,7 +167,7 @@ class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
                 latents `(batch, channels, frames, height, width)`.
             num_prefix_blocks: blocks of `prefix` that are given.
             fps: not used here; the frame rate of a written file.
-            generator: one for the batch, or one per sample.
+            generator: one for the batch, or one per sample; drives every random draw.
             latents: initial noise of all blocks, shaped like `prefix`.
             output_type: "pil", "np", "pt" or "latent".
             return_dict: an output object, or a tuple.
@@ -206,6 +207,7 @@ class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             blocks = torch.cat([kept, blocks[:, num_prefix_blocks:]], dim=1)
         self._num_timesteps = num_inference_steps * (num_blocks - num_prefix_blocks)
 
+        step_kwargs = step_arguments(self.scheduler, generator)
         cache = model.new_cache(len(ids), block_size)
         number = 0
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -226,7 +228,7 @@ class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
                     cached = {"kv_cache": cache, "block_index": index, "clean_hidden_states": new}
                     hidden = scheduler.scale_model_input(block, timestep)
                     prediction, new = self._predict(hidden, timestep, labels, step, **cached), None
-                    block = scheduler.step(prediction, timestep, block, return_dict=False)[0]
+                    block = scheduler.step(prediction, timestep, block, **step_kwargs, return_dict=False)[0]
                     blocks = torch.cat([blocks[:, :index], block, blocks[:, index + 1 :]], dim=1)
                     if callback_on_step_end is not None:
                         tensors = {name: {"latents": model.from_blocks(blocks)}[name] for name in callback_inputs}

@@ -31,7 +31,7 @@ from dit_suite.pipelines.sampling_mixins import (
     initial_noise,
 )
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
-from dit_suite.schedulers.guidance import guide
+from dit_suite.schedulers.guidance import guide_branches
 from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
@@ -187,11 +187,7 @@ class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, D
                     return_dict=False,
                 )[0].float()
         channels = latents.shape[1]
-        if "none" in outputs:
-            output = outputs["none"]
-        else:
-            halves = outputs["batched"].chunk(2) if "batched" in outputs else (outputs["uncond"], outputs["cond"])
-            output = guide(halves[0], halves[1], self.guidance_scale, guidance_channels or channels)
+        output = guide_branches(outputs, self.guidance_scale, guidance_channels or channels)
         return output if self._wants_variance() else output[:, :channels]
 
     @property

@@ -16,7 +16,7 @@ from dit_suite.pipelines.sampling_mixins import (
     initial_noise,
 )
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
-from dit_suite.schedulers.guidance import guide
+from dit_suite.schedulers.guidance import guide_branches
 from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
 
 DIRECTIONS = ("auto", "early", "late")
@@ -214,10 +214,7 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
                 stop = step.extras.get("stop_after")
                 raw = self.run_network(model_input, timestep, labels[branch], canvas, stop, step.step_index)
                 outputs[branch] = raw.float()
-        if "none" in outputs:
-            return outputs["none"]
-        halves = outputs["batched"].chunk(2) if "batched" in outputs else (outputs["uncond"], outputs["cond"])
-        return guide(halves[0], halves[1], self._guidance_scale)
+        return guide_branches(outputs, self._guidance_scale)
 
     @property
     def do_classifier_free_guidance(self) -> bool:

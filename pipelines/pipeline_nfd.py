@@ -143,7 +143,13 @@ class NFDPipeline(SamplingMixin, DiffusionPipeline):
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         shape = (count, config.in_channels, num_frames, config.sample_height, config.sample_width)
         self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
-        if image is not None and image.shape[0] not in (1, count):
+        if image is None:
+            return
+        wanted = (config.in_channels if self.vae is None else 3, *self.frame_size)
+        if image.ndim != 5 or (image.shape[1], *image.shape[3:]) != wanted:
+            sizes = "x".join(map(str, wanted))
+            raise ValueError(f"start images must be {sizes} (channels, height, width), got {tuple(image.shape)}")
+        if image.shape[0] not in (1, count):
             raise ValueError(f"{image.shape[0]} start images were given for {count} clips")
 
     def _start(self, image: Any, start_frame: int | None) -> torch.Tensor | None:

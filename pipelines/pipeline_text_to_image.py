@@ -33,6 +33,7 @@ from dit_suite.schedulers.diffusers_schedulers import (
     step_arguments,
     temporary_shift,
 )
+from dit_suite.schedulers.guidance import guide_branches
 from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp
 from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
 
@@ -205,13 +206,8 @@ class TextToImagePipeline(PromptMixin, LatentImagesMixin, SamplingMixin, Diffusi
                     return_dict=False,
                     **network_kwargs,
                 )[0]
-        if "none" in outputs:
-            prediction = outputs["none"]
-        else:
-            halves = outputs["batched"].chunk(2) if "batched" in outputs else (outputs["uncond"], outputs["cond"])
-            prediction = halves[0] + guidance_scale * (halves[1] - halves[0])
         # Networks trained with a learned variance put it into a second half of the channels.
-        return prediction[:, : latents.shape[1]]
+        return guide_branches(outputs, guidance_scale)[:, : latents.shape[1]]
 
     @torch.no_grad()
     def __call__(

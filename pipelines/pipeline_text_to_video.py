@@ -12,8 +12,16 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retri
 from diffusers.video_processor import VideoProcessor
 
 from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
-from dit_suite.pipelines.sampling_mixins import PromptMixin, SamplingMixin, check_positive, check_size, initial_noise
+from dit_suite.pipelines.sampling_mixins import (
+    PromptMixin,
+    SamplingMixin,
+    cache_context,
+    check_positive,
+    check_size,
+    initial_noise,
+)
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
+from dit_suite.schedulers.guidance import guide_branches
 from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
 
 
@@ -218,17 +226,14 @@ class TextToVideoPipeline(PromptMixin, SamplingMixin, DiffusionPipeline, WanLora
         for branch in step.branches:
             states = conditions[branch]
             batch = torch.cat([model_input] * (len(states) // len(latents))).to(network.dtype)
-            with publish_step(plan.context(step, branch)):
+            with publish_step(plan.context(step, branch)), cache_context(network, branch):
                 outputs[branch] = network(
                     hidden_states=batch,
                     timestep=timestep.expand(len(batch)),
                     encoder_hidden_states=states,
                     return_dict=False,
                 )[0].float()
-        if "none" in outputs:
-            return outputs["none"]
-        halves = outputs["batched"].chunk(2) if "batched" in outputs else (outputs["uncond"], outputs["cond"])
-        return halves[0] + guidance_scale * (halves[1] - halves[0])
+        return guide_branches(outputs, guidance_scale)
 
     @torch.no_grad()
     def __call__(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
 import dit_suite
 from dit_suite.converters.acdit import make_scheduler
@@ -117,6 +118,15 @@ def test_outputs_and_clips(pipe):
     clip = make_pipe(num_frames=2, attention_head_dim=16, block_size=16)
     frames = clip([1], num_inference_steps=2, output_type="np").frames
     assert frames.shape == (1, 2, 8, 8, 3)
+
+
+def test_a_scheduler_that_draws_noise_draws_it_from_the_samples_own_generator():
+    pipe = make_pipe()
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, algorithm_type="sde-dpmsolver++")
+    together = run(pipe, ("cat", "dog"))
+    alone = run(pipe, ("dog",), generator=sample_generators(0, [1]))
+    torch.testing.assert_close(alone[0], together[1], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(together, run(make_pipe(), ("cat", "dog")), atol=1e-2)
 
 
 @torch.no_grad()

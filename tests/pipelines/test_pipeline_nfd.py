@@ -171,6 +171,8 @@ def test_output_types(pipe):
         (ACTIONS, {"speculation": "psychic"}, "speculation must be one of"),
         (ACTIONS, {"start_frame": 0}, "no start frames"),
         (ACTIONS, {"latents": torch.zeros(1)}, "latents must have the shape"),
+        (ACTIONS, {"image": Image.new("RGB", (8, 12))}, r"start images must be 3x8x8 .* got \(1, 3, 1, 12, 8\)"),
+        (ACTIONS, {"image": torch.zeros(3, 8, 8)}, "start images must be 3x8x8"),
         (ACTIONS, {"callback_on_step_end_tensor_inputs": ["noise"]}, "callbacks can have latents"),
     ],
 )

@@ -9,7 +9,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, DDIMScheduler, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    DDIMScheduler,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    WanTransformer3DModel,
+)
 
 from dit_suite.call_options import TextToVideoOptions
 from dit_suite.pipelines.pipeline_text_to_video import TextToVideoPipeline
@@ -255,6 +261,19 @@ def test_options_match_the_call(pipe):
     for name in ("num_inference_steps", "guidance_scale", "fps", "batched_guidance"):
         assert parameters[name].default == getattr(options, name)
     assert technique("wan").bundled == "emoji-wan-16x64"
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_diffusers_block_cache_keeps_the_guidance_branches_apart(batched):
+    pipe = TextToVideoPipeline(_transformer(), FlowMatchEulerDiscreteScheduler(shift=3.0), sample_size=(4, 8, 12))
+    pipe.set_progress_bar_config(disable=True)
+    plain = _run(pipe, num_inference_steps=3, batched_guidance=batched)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e-9))
+    assert np.abs(_run(pipe, num_inference_steps=3, batched_guidance=batched) - plain).max() < 1e-5
+    pipe.transformer.disable_cache()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+    first, second = (_run(pipe, num_inference_steps=3, batched_guidance=batched) for _ in range(2))
+    assert np.array_equal(first, second) and np.abs(first - plain).max() > 1e-3
 
 
 def test_bundle_holds_the_trained_weights_in_small_shards():
