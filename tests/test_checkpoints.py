@@ -243,7 +243,7 @@ def make_encoder(folder):
 
 def test_text_encoder_from_a_package(tmp_path, monkeypatch):
     """The wheel's route, with a package made here."""
-    from dit_suite.text_encoders import sha256_of
+    from dit_suite.hashing import sha256_of
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     package = tmp_path / "tiny_encoder_package"

@@ -72,7 +72,10 @@ def clip_frames(data: bytes, size: int, every: int) -> tuple[list[np.ndarray], i
 
 
 def encode_clip(frames: list[np.ndarray], quality: int, milliseconds: int) -> bytes:
-    """An animated WebP with one picture per frame."""
+    """An animated WebP of frames that last `milliseconds` each; quality 100 is lossless.
+
+    The encoder merges equal neighbours into one picture that lasts longer; `decode_clip` takes them apart again.
+    """
     pictures = [Image.fromarray(frame) for frame in frames]
     settings: dict[str, Any] = {"lossless": True} if quality == 100 else {"quality": quality}
     buffer = io.BytesIO()
@@ -96,24 +99,7 @@ def _convert(data: bytes, size: int, every: int, quality: int) -> tuple[bytes, i
         if getattr(clip, "n_frames", 1) < 2:
             return b"", 0, 0
     frames, duration = clip_frames(data, size, every)
-    encoded = encode_clip(frames, quality, 42 * every)
-    with Image.open(io.BytesIO(encoded)) as check:
-        # the encoder merges equal neighbours; such a clip is stored again without loss of frames
-        if getattr(check, "n_frames", 1) != len(frames):
-            frames = _distinct(frames)
-            encoded = encode_clip(frames, quality, 42 * every)
-    return encoded, len(frames), duration
-
-
-def _distinct(frames: list[np.ndarray]) -> list[np.ndarray]:
-    """Marks one corner of a frame that equals the one before, so that no encoder drops it."""
-    found = [frames[0]]
-    for index, frame in enumerate(frames[1:], start=1):
-        if np.array_equal(frame, frames[index - 1]):
-            frame = frame.copy()
-            frame[-1, -1] = 255 - index % 2
-        found.append(frame)
-    return found
+    return encode_clip(frames, quality, 42 * every), len(frames), duration
 
 
 def _rows_of_part(

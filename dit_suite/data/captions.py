@@ -5,7 +5,6 @@ A state file holds only the tokens of each caption, not the padding, so that it 
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dit_suite.data.packages import STYLES
+from dit_suite.metadata import write_atomically
 
 FILE_NAME = "captions.safetensors"
 _TAGS = 3
@@ -75,10 +75,9 @@ def save_states(path: Path, captions: Sequence[str], states: Sequence[torch.Tens
     else:
         tensors["tokens"] = tokens.half()
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file(tensors, part, {"captions": json.dumps(list(captions), ensure_ascii=False)})
-    part.chmod(0o644)
-    os.replace(part, path)
+    about = {"captions": json.dumps(list(captions), ensure_ascii=False)}
+    write_atomically(path, lambda part: save_file(tensors, part, about))
+    path.chmod(0o644)
 
 
 class CaptionStates:

@@ -31,6 +31,7 @@ from dit_suite.data.packages import (
 )
 from dit_suite.data.splits import assign_splits
 from dit_suite.data.tables import read_rows, table_metadata, write_table
+from dit_suite.hashing import sha256_of
 from dit_suite.options import Options, option
 
 SCHEMA = pa.schema(
@@ -190,8 +191,7 @@ def _sources(
 def _part_key(options: EmojiOptions, row: Style, archive: Path) -> str:
     """Changes whenever the pictures of this style would change."""
     facts = [options.size, options.skin_tones, options.all_groups, row.name, row.package.requirement]
-    with archive.open("rb") as file:
-        facts.append(hashlib.file_digest(file, "sha256").hexdigest())
+    facts.append(sha256_of(archive))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -10,19 +10,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dit_suite.data.cards import content_hash, count_lines
 from dit_suite.data.emoji64 import lossless_webp
 from dit_suite.data.labels import LabelTable
+from dit_suite.data.pictures import on_white
 from dit_suite.data.splits import split_of
 from dit_suite.data.tables import read_rows, table_metadata, write_table, write_text
+from dit_suite.hashing import sha256_of
 from dit_suite.options import Options, option
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 CAPTION_FILE = "captions.jsonl"
 _STYLE = "photo"
+_CONVERSION = "upright, on white"  # another way to convert needs another word
 _PICTURES_A_PART, _VIDEOS_A_PART = 128, 8
 IMAGE_SCHEMA = pa.schema(
     [("image", pa.binary())] + [(name, pa.string()) for name in ("label", "group", "style", "file", "split")]
@@ -49,7 +52,7 @@ class FolderOptions(Options):
 
 def centre_crop(picture: Image.Image, size: int) -> np.ndarray:
     """ADM's crop: halve with a box filter while the shorter side is at least twice the target, bicubic, centre."""
-    picture = picture.convert("RGB")
+    picture = on_white(picture)
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
     scale = size / min(picture.size)
@@ -74,7 +77,10 @@ def read_captions(folder: Path, files: list[Path]) -> dict[str, str] | None:
             continue
         try:
             entry = json.loads(line)
-            found[entry["file"]] = entry["caption"]
+            file, caption = entry["file"], entry["caption"]
+            if not isinstance(caption, str):
+                raise TypeError("a caption is text")
+            found[file] = caption
         except (json.JSONDecodeError, KeyError, TypeError):
             raise ValueError(f'{path}, line {number}: expected {{"file": ..., "caption": ...}}') from None
     missing = [name for file in files if (name := file.relative_to(folder).as_posix()) not in found]
@@ -89,8 +95,8 @@ def _collect(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 def _picture(path: Path, options: FolderOptions) -> dict[str, Any]:
     with _named(path), Image.open(path) as picture:
-        picture.load()
-        return {"image": lossless_webp(centre_crop(picture, options.size))}
+        upright = ImageOps.exif_transpose(picture)
+        return {"image": lossless_webp(centre_crop(upright, options.size))}
 
 
 @contextmanager
@@ -130,10 +136,9 @@ def _video(path: Path, options: FolderOptions) -> dict[str, Any]:
 def _part_key(files: Sequence[Path], source: Path, options: FolderOptions) -> str:
     """Changes whenever the converted files would change: their names and bytes, and what the options do to them."""
     assembled = ("heldout", "salt")
-    facts: list[Any] = [{name: value for name, value in options.to_dict().items() if name not in assembled}]
+    facts: list[Any] = [_CONVERSION, {k: value for k, value in options.to_dict().items() if k not in assembled}]
     for path in files:
-        with path.open("rb") as file:
-            facts.append([path.relative_to(source).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
+        facts.append([path.relative_to(source).as_posix(), sha256_of(path)])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -221,9 +226,7 @@ def build_folder(
             "label": captions[name] if captions else fallback or "picture",
             "group": group,
             "style": _STYLE,
-            "split": "heldout"
-            if split_of(name, "", salt=options.salt, heldout=options.heldout, pairs=0) != "train"
-            else "train",
+            "split": split_of(name, "", salt=options.salt, heldout=options.heldout, pairs=0.0),
         }
     target = output / ("images.parquet" if pictures else "clips.parquet")
     schema = IMAGE_SCHEMA if pictures else CLIP_SCHEMA

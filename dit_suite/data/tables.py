@@ -1,6 +1,5 @@
 """Parquet files and folders that appear whole or not at all."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,31 +10,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
+from dit_suite.metadata import write_atomically
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it."""
+    """Writes a text file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = _temporary(path)
-    part.write_text(text, "utf-8")
-    os.replace(part, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON with sorted keys."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+    write_atomically(path, lambda part: part.write_text(text, "utf-8"))
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, about: Mapping[str, str]) -> None:
     """Writes rows as one zstd parquet file; `about` goes into the file's metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(list(rows), schema=schema.with_metadata(dict(about)))
-    part = _temporary(path)
-    pq.write_table(table, part, compression="zstd", row_group_size=512)
-    os.replace(part, path)
+    write_atomically(path, lambda part: pq.write_table(table, part, compression="zstd", row_group_size=512))
 
 
 def table_metadata(path: Path) -> dict[str, str]:
@@ -64,7 +52,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path` that takes its place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = _temporary(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     try:

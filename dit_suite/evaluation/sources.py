@@ -15,6 +15,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from PIL import Image
 
+from dit_suite.data.pictures import on_white
 from dit_suite.evaluation.datasets import parse_dataset, read_dataset, split_size
 from dit_suite.video import read_video
 
@@ -121,10 +122,7 @@ def read_picture(path: Path) -> np.ndarray:
     """uint8 `(H, W, 3)`; transparency is put on white."""
     try:
         with Image.open(path) as image:
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                layer = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(on_white(image))
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 

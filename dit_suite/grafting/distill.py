@@ -5,7 +5,6 @@ exchanged modules are caught on the way and each operator takes one optimiser st
 A pair of blocks (depth to width) learns as a whole, to give what the two give one after the other.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from dit_suite.caching.block_probe import find_blocks
 from dit_suite.grafting.plan import GraftPlan
 from dit_suite.grafting.surgery import branch_gate, operator_name, operator_places, pair_places
+from dit_suite.metadata import write_atomically
 from dit_suite.options import Options, option
 
 
@@ -236,9 +236,8 @@ class Distiller:
             for (target, layer), s in self.students.items()
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save({"progress": progress, "identity": self._identity(about or {}), "students": state}, temporary)
-        os.replace(temporary, path)
+        everything = {"progress": progress, "identity": self._identity(about or {}), "students": state}
+        write_atomically(path, lambda part: torch.save(everything, part))
 
     def load(self, path: str | Path, about: Mapping[str, Any] | None = None) -> int:
         """Takes up a saved state and returns its `progress`.
@@ -246,7 +245,7 @@ class Distiller:
         Raises:
             ValueError: it belongs to another plan, other settings, or something else in `about` differs.
         """
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         identity = saved.get("identity", {})
         for name, value in self._identity(about or {}).items():
             if identity.get(name) != value:

@@ -138,14 +138,22 @@ class GraftPlan:
 
     @classmethod
     def load(cls, path: str | Path, depth: int, locality: Locality | None = None) -> "GraftPlan":
-        """Reads a YAML or JSON plan for a model of `depth` layers; see `from_dict`."""
+        """Reads a YAML or JSON plan for a model of `depth` layers; see `from_dict`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file can't be read, or the plan does not fit.
+        """
         import yaml
 
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no graft plan {path}")
         text = path.read_text("utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        try:
+            values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (json.JSONDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} can't be read as a graft plan: {error}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path.name} is not a graft plan")
         return cls.from_dict(values, depth, locality)

@@ -14,8 +14,8 @@ from torchvision.utils import make_grid
 from dit_suite.checkpoints import SHARD_SIZE
 from dit_suite.data.labels import FILE_NAME as LABEL_FILE
 from dit_suite.data.labels import LabelTable
-from dit_suite.data.tables import replacing_folder, write_json
-from dit_suite.metadata import write_png
+from dit_suite.data.tables import replacing_folder
+from dit_suite.metadata import write_json, write_png
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.training.build import construct, make_pipeline
 from dit_suite.training.config import TrainConfig
@@ -46,7 +46,7 @@ def export(
             path.chmod(0o644)
         settings = json.loads(config.identity())
         settings["init_from"] = Path(settings["init_from"]).name
-        write_json(folder / "training.json", {"config": settings, **about})
+        write_json({"config": settings, **about}, folder / "training.json")
         data = Path(config.data.path)
         if config.data.path and (data / LABEL_FILE).is_file():
             LabelTable.load(data).narrowed(config.data.styles, config.data.groups).save(folder)

@@ -6,18 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dit_suite.data import folder as folder_builder
 from dit_suite.data.anim64 import AnimationOptions, clip_frames, encode_clip, part_key
 from dit_suite.data.folder import FolderOptions, build_folder, centre_crop
 from dit_suite.data.freedoom import BUTTONS, SCENARIOS, DepthPlayer, FreedoomOptions, build_freedoom, still_share
-from dit_suite.data.readers import decode_clip, open_source
+from dit_suite.data.packages import read_json
+from dit_suite.data.readers import decode_clip, decode_picture, open_source
 from dit_suite.data.tables import read_rows
 from dit_suite.training.config import DataSection
 
@@ -48,6 +51,9 @@ def test_captions_file_is_used_and_must_be_complete(tmp_path):
     (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     rows = read_rows(build_folder(folder, tmp_path / "out", FolderOptions(size=16)))
     assert [row["label"] for row in rows] == ["a cat", "two cats", "a dog"]
+    (folder / "captions.jsonl").write_text(json.dumps({"file": "cats/one.png", "caption": 3}))
+    with pytest.raises(ValueError, match="line 1"):
+        build_folder(folder, tmp_path / "out", FolderOptions(size=16))
     (folder / "captions.jsonl").write_text("{broken")
     with pytest.raises(ValueError, match="line 1"):
         build_folder(folder, tmp_path / "out", FolderOptions(size=16))
@@ -134,6 +140,45 @@ def test_video_folder_becomes_clips(tmp_path):
     assert clip.shape == (8,) and (clip.diff() > 12).all()
 
 
+def test_a_clip_keeps_its_pace_where_nothing_moves(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    grey = [40] * 6 + [200] * 6
+    frames = np.stack([np.full((32, 32, 3), value, np.uint8) for value in grey])
+    iio.imwrite(folder / "blink.mp4", frames, fps=10, macro_block_size=16)
+    build_folder(folder, tmp_path / "out", FolderOptions(size=16, every=1, heldout=0.0))
+    row = read_rows(tmp_path / "out/clips.parquet")[0]
+    clip = decode_clip(row["clip"], "clip", row["num_frames"]).float().mean((1, 2, 3))
+    assert len(clip) == row["num_frames"] == 12
+    assert (clip[:6] < 80).all() and (clip[6:] > 160).all()
+
+
+def test_pictures_are_upright_and_on_white(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    halves = Image.new("RGB", (16, 16), "white")
+    halves.paste("black", (0, 0, 8, 16))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise: the left half is then the upper one
+    halves.save(folder / "a.png", exif=exif)
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(folder / "b.png")
+    build_folder(folder, tmp_path / "out", FolderOptions(size=16, heldout=0.0))
+    turned, clear = (decode_picture(row["image"], "row") for row in read_rows(tmp_path / "out/images.parquet"))
+    assert turned[:, :7].max() == 0 and turned[:, 9:].min() == 255
+    assert clear.min() == 255
+
+
+def test_a_damaged_package_is_named(tmp_path):
+    path = tmp_path / "a.tgz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.add(__file__, "package/other.json")
+    with pytest.raises(ValueError, match=r"a.tgz holds no icons.json"):
+        read_json(path, "icons.json")
+    path.write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"a.tgz is a damaged package"):
+        read_json(path, "icons.json")
+
+
 def test_centre_crop_keeps_the_middle():
     wide = np.zeros((40, 120, 3), np.uint8)
     wide[:, 40:80] = 200
@@ -151,7 +196,12 @@ def test_clips_keep_every_frame_even_equal_ones():
     from dit_suite.data.anim64 import _convert
 
     data, count, _ = _convert(buffer.getvalue(), 16, 1, 100)
-    assert count == 8 and len(decode_clip(data, "clip")) == 8
+    assert count == 8 and len(decode_clip(data, "clip", 8)) == 8
+    still = encode_clip([kept[0]] * 3 + [kept[3]], 90, 84)
+    whole = decode_clip(still, "clip", 4)
+    assert torch.equal(whole[0], whole[2]) and not torch.equal(whole[2], whole[3])
+    with pytest.raises(ValueError, match="clip has 2 pictures, which can't be 1 frames"):
+        decode_clip(still, "clip", 1)
     exact = decode_clip(encode_clip(kept, 100, 84), "clip").permute(0, 2, 3, 1).numpy()
     assert np.array_equal(exact, np.stack(kept))
 

@@ -128,7 +128,7 @@ def test_inception_from_a_file_never_touches_the_network(inception_file, monkeyp
 
 
 def test_standard_inception_alone_is_called_fid(inception_file, monkeypatch):
-    monkeypatch.setattr(extractors, "INCEPTION_SHA256_START", extractors.sha256_of_file(inception_file)[:8])
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256_START", extractors.sha256_of(inception_file)[:8])
     network = Inception(inception_file)
     assert [result_name(k, network) for k in ("fd", "sfd", "is", "kid")] == ["fid", "sfid", "inception_score", "kid"]
 

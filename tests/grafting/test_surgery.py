@@ -86,6 +86,13 @@ def test_shipped_plans(path: Path) -> None:
     assert torch.isfinite(run(graft(teacher(), plan))).all()
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.yaml", "mlp: [1, {"), ("a.json", "{"), ("b.yaml", "- 1")])
+def test_plans_that_are_none_are_refused_in_one_sentence(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} (can't be read as|is not) a graft plan"):
+        GraftPlan.load(tmp_path / name, 4)
+
+
 def test_band_locality() -> None:
     assert band_locality(torch.eye(6), 0) == pytest.approx(1.0)
     uniform = torch.full((2, 6, 6), 1 / 6)
