@@ -197,12 +197,32 @@ def check_weights(module: Any, folder: Path) -> None:
         raise ValueError(f"the weights in {folder} do not fit {type(module).__name__}: keys {' and '.join(detail)}")
 
 
+def open_network(checkpoint: Checkpoint) -> Any:
+    """The network of a checkpoint that `find_checkpoint` returned, alone: float32, in evaluation mode.
+
+    Raises:
+        ValueError: there are no weights, or their keys do not match exactly.
+    """
+    from dit_suite.compact_weights import is_compact, load_network
+
+    model_index = _read_model_index(checkpoint.folder)
+    cls = _network_class(str(_component_class(model_index, "transformer")), checkpoint.technique)
+    folder = checkpoint.folder / "transformer"
+    try:
+        network = load_network(cls, folder)
+    except OSError as error:
+        raise ValueError(f"{folder} can't be opened as {cls.__name__}: {error}") from error
+    if not is_compact(folder):
+        check_weights(network, folder)
+    return network
+
+
 def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None) -> Any:
     """Builds the pipeline of a checkpoint that `find_checkpoint` returned. See `load_pipeline`."""
     import torch
     from diffusers import ModelMixin
 
-    from dit_suite.compact_weights import is_compact, load_network
+    from dit_suite.compact_weights import is_compact
 
     model_index = _read_model_index(checkpoint.folder)
     resolve(checkpoint.technique.model)
@@ -216,10 +236,8 @@ def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None)
         given = load_text_encoder(TextEncoderSource.from_dict(source))
         given["text_encoder"].to(dtype or torch.float32)
     pipeline_class = checkpoint.technique.pipeline_class()
-    inside = checkpoint.folder / "transformer"
-    if is_compact(inside):
-        network = _network_class(str(_component_class(model_index, "transformer")), checkpoint.technique)
-        given["transformer"] = load_network(network, inside)
+    if is_compact(checkpoint.folder / "transformer"):
+        given["transformer"] = open_network(checkpoint)
         if dtype not in (None, torch.float32):
             given["transformer"].to(dtype)
     try:

@@ -43,9 +43,13 @@ def sample(pipe):
     return pipe("red apple", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np").images
 
 
-def test_fresh_process_gives_identical_pixels(saved, tmp_path):
+def test_fresh_process_gives_identical_pixels_and_knows_one_class_by_two_names(saved, tmp_path):
     script = (
         "import sys, numpy, torch, dit_suite\n"
+        "from pipelines.pipeline_text_to_image import TextToImagePipeline as a\n"
+        "from dit_suite.pipelines.pipeline_text_to_image import TextToImagePipeline as b\n"
+        "from dit_suite.registry import technique\n"
+        "assert a is b is technique('pixart').pipeline_class() and a.__module__.startswith('dit_suite.')\n"
         "pipe = dit_suite.load_pipeline(sys.argv[1])\n"
         "out = pipe('red apple', num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type='np')\n"
         "numpy.save(sys.argv[2], out.images)\n"
@@ -58,16 +62,6 @@ def test_fresh_process_gives_identical_pixels(saved, tmp_path):
         timeout=300,
     )
     assert np.array_equal(np.load(tmp_path / "a.npy"), sample(dit_suite.load_pipeline(saved)))
-
-
-def test_one_class_identity():
-    script = (
-        "from pipelines.pipeline_text_to_image import TextToImagePipeline as a\n"
-        "from dit_suite.pipelines.pipeline_text_to_image import TextToImagePipeline as b\n"
-        "from dit_suite.registry import technique\n"
-        "assert a is b is technique('pixart').pipeline_class() and a.__module__.startswith('dit_suite.')\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, timeout=300)
 
 
 def test_import_is_quick():

@@ -12,11 +12,11 @@ def interleaved(calls: list[Callable[[], Any]], rounds: int, device: str) -> lis
 
     def timed(call: Callable[[], Any]) -> tuple[float, float]:
         if device != "cpu":
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
         wall, cpu = time.perf_counter(), time.process_time()
         call()
         if device != "cpu":
-            torch.cuda.synchronize()
+            torch.accelerator.synchronize()
         return time.perf_counter() - wall, time.process_time() - cpu
 
     times: list[list[tuple[float, float]]] = [[] for _ in calls]

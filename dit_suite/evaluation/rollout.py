@@ -95,19 +95,6 @@ def closeness(predicted: torch.Tensor, real: torch.Tensor, steps: Sequence[int])
     return rows
 
 
-def evaluate_rollout(
-    pipe: Any, video: torch.Tensor, actions: torch.Tensor, options: RolloutOptions | None = None
-) -> list[dict[str, float]]:
-    """`roll_out` and `closeness` in one; also the score of repeating the last context frame, as a floor."""
-    options = options or RolloutOptions()
-    real = video[:, :, options.context_frames :]
-    rows = closeness(roll_out(pipe, video, actions, options), real, options.steps)
-    still = video[:, :, options.context_frames - 1 : options.context_frames].expand_as(real)
-    for row, floor in zip(rows, closeness(still, real, options.steps), strict=True):
-        row["psnr_of_still"] = floor["psnr"]
-    return rows
-
-
 class JudgeError(ValueError):
     """The inverse-dynamics network is not good enough to judge."""
 

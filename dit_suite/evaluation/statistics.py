@@ -79,7 +79,7 @@ class FeatureStatistics:
         """Adds the rows of `(n, d)`; raises `ValueError` when the shape is wrong or a value is not finite."""
         if features.ndim != 2 or features.shape[1] != self.dimension:
             raise ValueError(f"expected features (n, {self.dimension}), got {tuple(features.shape)}")
-        rows = features.detach().to("cpu", torch.float64)
+        rows = features.detach().cpu().double()
         if not bool(rows.isfinite().all()):
             raise ValueError("the features hold values that are not finite")
         if len(rows):

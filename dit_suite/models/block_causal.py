@@ -46,17 +46,6 @@ class BlockPattern:
         table = self.table()
         return table.repeat_interleave(self.block_size, 0).repeat_interleave(self.block_size, 1)
 
-    @property
-    def num_entries(self) -> int:
-        """Allowed (query token, key token) pairs."""
-        return sum(len(row) for row in self.rows) * self.block_size**2
-
-    def permuted(self, order: Sequence[int]) -> "BlockPattern":
-        """The same square pattern after its blocks are put in another order: new block `i` is old block `order[i]`."""
-        place = {old: new for new, old in enumerate(order)}
-        rows = tuple(tuple(sorted(place[k] for k in self.rows[old])) for old in order)
-        return BlockPattern(rows, self.num_key_blocks, self.block_size)
-
     def slices(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
         """The index form: `(first query, last query, [(first key, last key), ...])` in tokens, ends exclusive.
 
@@ -136,17 +125,17 @@ def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: 
     return run(query, key, value, block_mask=block_mask)
 
 
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The parts along the tokens; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
 def _by_slices(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: BlockPattern) -> torch.Tensor:
     pieces = []
     for first, last, runs in pattern.slices():
-        k = torch.cat([key[:, :, a:b] for a, b in runs], dim=2) if len(runs) > 1 else key[:, :, runs[0][0] : runs[0][1]]
-        v = (
-            torch.cat([value[:, :, a:b] for a, b in runs], dim=2)
-            if len(runs) > 1
-            else value[:, :, runs[0][0] : runs[0][1]]
-        )
+        k, v = (_joined([each[:, :, a:b] for a, b in runs]) for each in (key, value))
         pieces.append(F.scaled_dot_product_attention(query[:, :, first:last], k, v))
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+    return _joined(pieces)
 
 
 def attend(

@@ -136,11 +136,6 @@ class SpeculativeSampler:
         self._committed = engine.num_frames
         self._action: Action | None = None
 
-    @property
-    def queued(self) -> int:
-        """Drafted frames that wait for their action."""
-        return len(self._queue)
-
     def draft_length(self) -> int:
         """Frames that the next draft has."""
         options = self.options

@@ -8,18 +8,16 @@ variables of `dit_suite.schedulers.trigflow`. The adversarial term of the paper 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dit_suite.models.nfd import NFDTransformer3DModel
 from dit_suite.options import Options, option
 from dit_suite.schedulers.trigflow import flow_input, flow_level, trig_time, trig_velocity
 from dit_suite.training.draws import Draws, Stream
 from dit_suite.training.objectives import ObjectiveResult, TrainingBatch, expand_to, mean_per_sample
+from dit_suite.training.teacher import load_teacher
 
 SMALLEST_TIME = 1e-3
 TrigNetwork = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -84,27 +82,13 @@ def jvp_of(
         return torch.func.jvp(trig, (scaled, t), tangents)
 
 
-@lru_cache(maxsize=2)
-def load_teacher(folder: str, device: str) -> NFDTransformer3DModel:
-    """A frozen teacher from a checkpoint folder (of a pipeline, or of the network alone).
+def checkpoint_teacher(name: str, device: torch.device) -> Callable[..., Any]:
+    """The teacher of a checkpoint as a call that returns the velocity.
 
     Raises:
-        OSError: there is no such checkpoint.
+        ValueError, FileNotFoundError: as `load_teacher`.
     """
-    inside = Path(folder) / "transformer"
-    teacher = NFDTransformer3DModel.from_pretrained(inside if inside.is_dir() else folder)
-    return teacher.to(device).requires_grad_(False).eval()
-
-
-def checkpoint_teacher(folder: str, device: torch.device) -> Callable[..., Any]:
-    """The teacher of a checkpoint folder as a call that returns the velocity.
-
-    Raises:
-        ValueError: no folder is given.
-    """
-    if not folder:
-        raise ValueError("consistency distillation needs the teacher's checkpoint: set objective.options.teacher")
-    teacher = load_teacher(folder, str(device))
+    teacher = load_teacher(name, str(device))
 
     def call(sample: torch.Tensor, timestep: torch.Tensor, **condition: Any) -> torch.Tensor:
         return teacher(sample, timestep, **condition, return_dict=False)[0]
@@ -119,7 +103,7 @@ class ConsistencyDistillation(Options):
     Frames chosen as context stay fixed at the context level: they neither move nor count in the loss, as when sampling.
     """
 
-    teacher: str = option("", "checkpoint folder of the flow teacher")
+    teacher: str = option("", "checkpoint of the flow teacher: a bundled name or a folder")
     sigma_data: float = option(1.0, "standard deviation the samples are divided by", minimum=1e-3)
     mean: float = option(0.0, "mean of log(sigma_data tan t)")
     std: float = option(1.6, "its standard deviation", minimum=1e-3)

@@ -35,7 +35,7 @@ class GridConsistency(Options):
 
     times: tuple[float, ...] = option((1.5708, 0.55, 0.32, 0.2), "times of the student, falling from pi/2", minimum=0.0)
     path: str = option("data", "how the next time is reached", choices=("data", "teacher"))
-    teacher: str = option("", "checkpoint folder of the flow teacher (path: teacher)")
+    teacher: str = option("", "checkpoint of the flow teacher (path: teacher): a bundled name or a folder")
     sigma_data: float = option(1.0, "standard deviation the samples are divided by", minimum=1e-3)
     context_share: float = option(0.5, "share of frames at context quality", minimum=0.0, maximum=1.0)
     context_level: float = option(0.05, "noise level of context frames when sampling", minimum=0.0, maximum=0.5)

@@ -7,26 +7,14 @@ teacher, such as a grafted copy, needs far fewer samples. The recorded pictures 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 
-from dit_suite.checkpoints import find_checkpoint, open_pipeline
 from dit_suite.options import option
 from dit_suite.training.draws import Stream
 from dit_suite.training.objectives import ObjectiveResult, RectifiedFlow, TrainingBatch, interpolate, mean_per_sample
-
-
-@lru_cache(maxsize=2)
-def load_teacher(name: str, device: str) -> torch.nn.Module:
-    """The frozen network of a checkpoint that `load_pipeline` opens.
-
-    Raises:
-        ValueError, FileNotFoundError: as `find_checkpoint`.
-    """
-    network = open_pipeline(find_checkpoint(name)).transformer
-    return network.to(device).requires_grad_(False).eval()
+from dit_suite.training.teacher import load_teacher
 
 
 @dataclass(frozen=True)

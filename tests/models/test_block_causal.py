@@ -29,14 +29,13 @@ def test_skip_causal_counts_and_row_sums():
         sums = mask.sum(1).reshape(2 * blocks, size)
         expected = torch.tensor([(i % blocks + 1) * size for i in range(2 * blocks)])
         assert torch.equal(sums, expected[:, None].expand(-1, size))
-        assert skip_causal_pattern(blocks, size, drop_last_clean=True).num_entries == (blocks * size) ** 2
+        assert int(skip_causal_pattern(blocks, size, drop_last_clean=True).dense().sum()) == (blocks * size) ** 2
 
 
 def test_block_causal_limits_and_count():
     """N1: one frame is full attention, one token a frame is causal, n^2 F(F+1)/2 entries in general."""
     assert block_causal_pattern(1, 5).dense().all()
     assert torch.equal(block_causal_pattern(6, 1).dense(), torch.ones(6, 6).tril().bool())
-    assert block_causal_pattern(4, 3).num_entries == 9 * 4 * 5 // 2
     assert int(block_causal_pattern(4, 3).dense().sum()) == 9 * 4 * 5 // 2
 
 
@@ -62,16 +61,6 @@ def test_backends_agree_with_the_dense_mask(pattern: BlockPattern, backend: str)
     size = pattern.block_size
     q, k, v = _heads(len(pattern.rows) * size, pattern.num_key_blocks * size)
     torch.testing.assert_close(attend(q, k, v, pattern, backend), attend(q, k, v, pattern, "dense"), atol=1e-5, rtol=0)
-
-
-def test_interleaved_layout_gives_the_same_output():
-    pattern, size = skip_causal_pattern(3, 2), 2
-    order = [3, 0, 4, 1, 5, 2]
-    tokens = torch.tensor([b * size + i for b in order for i in range(size)])
-    q, k, v = _heads(12, 12)
-    grouped = attend(q, k, v, pattern)
-    mixed = attend(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], pattern.permuted(order))
-    torch.testing.assert_close(mixed, grouped[:, :, tokens], atol=1e-5, rtol=0)
 
 
 def test_unknown_backend_is_refused():

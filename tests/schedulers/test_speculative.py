@@ -105,17 +105,16 @@ def test_a_draft_of_one_is_plain_sampling_bit_for_bit(network):
 
 
 @pytest.mark.parametrize("fuse_write", [True, False])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_running_ahead_is_plain_sampling_for_every_stream(network, seed: int, fuse_write: bool):
+@pytest.mark.parametrize(("seed", "length"), [(0, 2), (1, 3), (2, 5)])
+def test_running_ahead_is_plain_sampling_for_every_stream(network, seed: int, length: int, fuse_write: bool):
     """N11: whatever was drafted and thrown away, in no idle time, in one frame's, and in enough."""
     stream, sampling = random_stream(seed), {"num_inference_steps": 2, "fuse_write": fuse_write}
     expected, _ = plain(network, stream, **sampling)
-    for length in (2, 3, 5):
-        for idle in (0, 1, length):
-            frames, machine = speculate(network, stream, idle, sampling, speculation="run_ahead", draft_length=length)
-            assert torch.equal(frames, expected)
-            assert (machine.stats.hits > 0) == (idle > 0)
-            assert (machine.stats.discarded > 0) == (idle > 0)
+    for idle in (0, 1, length):
+        frames, machine = speculate(network, stream, idle, sampling, speculation="run_ahead", draft_length=length)
+        assert torch.equal(frames, expected)
+        assert (machine.stats.hits > 0) == (idle > 0)
+        assert (machine.stats.discarded > 0) == (idle > 0)
 
 
 @pytest.mark.parametrize("fuse_write", [True, False])

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from dit_suite.checkpoints import load_pipeline
 from dit_suite.schedulers.trigflow import TrigFlowScheduler, flow_level
+from dit_suite.training.consistency import checkpoint_teacher
 from dit_suite.training.draws import Draws
 from dit_suite.training.grid_consistency import GridConsistency
 from dit_suite.training.objectives import TrainingBatch
@@ -121,6 +123,19 @@ def test_the_teacher_path_keeps_the_spread_that_an_average_would_lose():
         velocity = student(noise, torch.ones(1, 1))
     frame = scheduler.step(velocity, scheduler.timesteps[0], noise).prev_sample
     assert float(frame.mean()) == pytest.approx(expected, abs=0.05)
+
+
+def test_a_checkpoint_is_a_teacher():
+    teacher = checkpoint_teacher("moving-square-nfd", torch.device("cpu"))
+    network = load_pipeline("moving-square-nfd").transformer
+    frames = torch.randn(2, 3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    level, actions = torch.full((2, 2), 0.5), torch.zeros(2, 2, network.config.num_actions)
+    told = teacher(frames, timestep=level, actions=actions)
+    assert not told.requires_grad
+    with torch.no_grad():
+        assert torch.equal(told, network(frames, level, actions, return_dict=False)[0])
+    with pytest.raises(ValueError, match="there is no checkpoint 'nowhere'"):
+        checkpoint_teacher("nowhere", torch.device("cpu"))
 
 
 def test_bad_times_and_a_missing_teacher_are_named():
