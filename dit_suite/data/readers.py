@@ -203,6 +203,13 @@ class ImageRows(_Captioned):
         return {"samples": to_unit_range(pixels), **self.conditions(rows, draws)}
 
 
+def for_pictures_only(section: DataSection, *names: str) -> None:
+    """Raises `ValueError` for the first of these settings that is given: clips would not heed it."""
+    for name in names:
+        if getattr(section, name):
+            raise ValueError(f"data.{name} is for pictures: a set of kind {section.kind} does not take it")
+
+
 class ClipRows(_Captioned):
     """Clips of any length; a sample is a window of `frames` frames, which wraps round in a shorter clip."""
 
@@ -214,6 +221,7 @@ class ClipRows(_Captioned):
         class_names: Mapping[int, str] | None = None,
         captions: Sequence[Sequence[str]] = (),
     ) -> None:
+        for_pictures_only(section, "translate", "flip")
         self.frames = torch.cat(list(clips))
         self.lengths = torch.tensor([len(clip) for clip in clips])
         self.first = self.lengths.cumsum(0) - self.lengths
@@ -257,6 +265,7 @@ class ActionWindows:
         section: DataSection,
         action_names: Sequence[str] = (),
     ) -> None:
+        for_pictures_only(section, "translate", "flip")
         if not len(frames) == len(actions) == len(episodes):
             raise ValueError(f"{len(frames)} frames, {len(actions)} actions, {len(episodes)} episode ids: not aligned")
         self.frames, self.section = frames, section
@@ -322,6 +331,7 @@ def open_images(section: DataSection) -> ImageRows:
 
 def open_clips(section: DataSection) -> ClipRows:
     """A folder with `clips.parquet` (columns clip and label)."""
+    for_pictures_only(section, "size")
     path = _table_file(section, "clips.parquet")
     rows = select_rows(read_rows(path), section, path)
     clips = _decode_all(
@@ -333,6 +343,7 @@ def open_clips(section: DataSection) -> ClipRows:
 
 def open_actions(section: DataSection) -> ActionWindows:
     """A folder with `episodes.parquet`: rows of raw frames, their actions and the episode they belong to."""
+    for_pictures_only(section, "size")
     path = _table_file(section, "episodes.parquet")
     rows = select_rows(read_rows(path), section, path)
     frames, actions, episodes = [], [], []

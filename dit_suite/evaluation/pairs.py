@@ -17,17 +17,20 @@ from dit_suite.evaluation.sources import Source
 MAX_PSNR = 100.0
 
 
+def _exact(pictures: torch.Tensor) -> torch.Tensor:
+    """The pictures in float64, on the CPU where the device has none."""
+    return (pictures.cpu() if pictures.device.type == "mps" else pictures).double()
+
+
 def psnr(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio in dB of uint8 `(B, 3, H, W)` pairs: `(B,)`. Identical pictures count as 100 dB."""
-    values = peak_signal_noise_ratio(
-        images.double(), others.double(), data_range=255.0, reduction="none", dim=(1, 2, 3)
-    )
+    values = peak_signal_noise_ratio(_exact(images), _exact(others), data_range=255.0, reduction="none", dim=(1, 2, 3))
     return values.clamp_max(MAX_PSNR)
 
 
 def ssim(images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Structural similarity (11 x 11 Gaussian window, sigma 1.5) of uint8 `(B, 3, H, W)` pairs: `(B,)`."""
-    values = structural_similarity_index_measure(images.double(), others.double(), data_range=255.0, reduction="none")
+    values = structural_similarity_index_measure(_exact(images), _exact(others), data_range=255.0, reduction="none")
     return values.reshape(len(images))
 
 
@@ -117,5 +120,5 @@ class PairObserver:
             raise ValueError(f"samples {tuple(samples.shape[1:])} can't be paired with {others.shape[1:]}")
         mine, theirs = as_pictures(samples.numpy(), self.device), as_pictures(others, self.device)
         with torch.inference_mode():
-            found = {name: metric(mine, theirs).double().cpu() for name, metric in self.metrics.items()}
+            found = {name: metric(mine, theirs).cpu().double() for name, metric in self.metrics.items()}
         return {name: values.reshape(len(samples), -1).mean(1) for name, values in found.items()}

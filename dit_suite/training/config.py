@@ -225,6 +225,9 @@ def _part(key: str, value: Any) -> Part | None:
     weight = value.get("weight", 1.0)
     if not isinstance(weight, int | float) or isinstance(weight, bool):
         raise ValueError(f"{key}.weight must be a number, got {weight!r}")
+    for inner, owner, idle in (("call", "model", not value.get("call")), ("weight", "auxiliary", weight == 1.0)):
+        if key != owner and not idle:
+            raise ValueError(f"{key}.{inner} has no effect: only {owner} has one")
     return Part(value["name"], dict(value.get("options") or {}), dict(value.get("call") or {}), float(weight))
 
 

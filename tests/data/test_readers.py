@@ -177,6 +177,20 @@ def test_action_windows_are_aligned_and_never_cross_an_episode():
         ActionWindows(frames, actions, episodes, DataSection(frames=8))
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"kind": "sprites", "flip": True}, "flip"),
+        ({"kind": "square", "translate": 2}, "translate"),
+        ({"kind": "clips", "size": 8}, "size"),
+        ({"kind": "actions", "size": 8}, "size"),
+    ],
+)
+def test_settings_that_a_kind_would_not_heed_are_refused(given, name):
+    with pytest.raises(ValueError, match=f"data.{name} is for pictures: a set of kind {given['kind']}"):
+        open_source(DataSection(count=2, frames=4, **given))
+
+
 def test_shapes_and_sprites_look_like_their_captions():
     pixels, labels, captions = shapes_set(32, 24)
     assert labels.tolist() == list(range(16)) * 2 and captions[0] == "red circle" and captions[7] == "yellow square"

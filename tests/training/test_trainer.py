@@ -218,6 +218,8 @@ def test_config_errors_name_the_key(tmp_path):
         Trainer(config_from_dict({**values, "objective": "dit_suite.training.objectives:Nothing"}))
     with pytest.raises(ValueError, match=r"'no_such_module:reader' can't be imported"):
         Trainer(config_from_dict({**values, "data": {"kind": "no_such_module:reader"}}))
+    with pytest.raises(ValueError, match=r"objective.call has no effect: only model has one"):
+        config_from_dict({**values, "objective": {"name": "rectified_flow", "call": {"a": 1}}})
     with pytest.raises(ValueError, match=r"auxiliary.weight must be a number, got 'much'"):
         config_from_dict({**values, "auxiliary": {"name": "a:B", "weight": "much"}})
 
