@@ -86,10 +86,23 @@ def _bundled_folder(name: str, row: dict[str, Any]) -> Path:
 
 
 def _download(hub_id: str, revision: str) -> Path:
-    """Copies one revision of a hub repository to the local cache and says its licence and size."""
-    from huggingface_hub import HfApi, snapshot_download
+    """Copies one revision of a hub repository to the local cache and says its licence and size.
 
-    info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+    Raises:
+        FileNotFoundError: it can't be downloaded, and no copy is on this machine.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+    except Exception as error:  # no connection, or no such repository or revision: the client's errors share no base
+        try:
+            folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise FileNotFoundError(f"{hub_id}@{revision} can't be downloaded: {error}") from error
+        print(f"{hub_id}@{revision}: the hub does not answer, so the copy on this machine is used", file=sys.stderr)
+        return folder
     licence = (info.card_data or {}).get("license", "not stated")
     wanted = [f for f in info.siblings or [] if f.rfilename.endswith((".json", ".safetensors", ".txt", ".model"))]
     size = sum(f.size or 0 for f in wanted) / 1e6
@@ -168,13 +181,10 @@ def find_checkpoint(path_or_name: str | os.PathLike) -> Checkpoint:
     return Checkpoint(name, folder, technique, digest)
 
 
-def _network_class(name: str, technique: Technique) -> type:
-    """The class of a network that is ours, grafted, or diffusers'."""
-    if name == technique.model_name:
-        return technique.model_class()
-    if name.startswith("Grafted"):
-        return resolve(f"dit_suite.grafting.models:{name}")
-    return resolve(f"diffusers:{name}")
+def _network_class(model_index: dict[str, Any], technique: Technique) -> type:
+    """The class of the network that a pipeline folder names."""
+    name = _component_class(model_index, "transformer")
+    return resolve(technique.networks[name]) if name else technique.model_class()
 
 
 def check_weights(module: Any, folder: Path) -> None:
@@ -206,7 +216,7 @@ def open_network(checkpoint: Checkpoint) -> Any:
     from dit_suite.compact_weights import is_compact, load_network
 
     model_index = _read_model_index(checkpoint.folder)
-    cls = _network_class(str(_component_class(model_index, "transformer")), checkpoint.technique)
+    cls = _network_class(model_index, checkpoint.technique)
     folder = checkpoint.folder / "transformer"
     try:
         network = load_network(cls, folder)
@@ -225,9 +235,7 @@ def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None)
     from dit_suite.compact_weights import is_compact
 
     model_index = _read_model_index(checkpoint.folder)
-    resolve(checkpoint.technique.model)
-    if str(_component_class(model_index, "transformer")).startswith("Grafted"):
-        resolve("dit_suite.grafting.models:graft")
+    _network_class(model_index, checkpoint.technique)  # diffusers looks for it in modules that are imported
     given: dict[str, Any] = {}
     source = model_index.get("text_encoder_source")
     if source and _component_class(model_index, "text_encoder") is None:

@@ -24,7 +24,7 @@ class Technique:
         bundled: name of the checkpoint that comes with the repository, or None.
         accelerations: names of the plug-ins that fit.
         aliases: diffusers pipeline classes whose folders this pipeline runs.
-        also_runs: further network classes, by bare name, that its pipeline takes.
+        also_runs: further network classes that its pipeline takes.
     """
 
     name: str
@@ -41,6 +41,11 @@ class Technique:
     @property
     def model_name(self) -> str:
         return self.model.partition(":")[2]
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """References of all network classes that the pipeline takes, by bare name."""
+        return {reference.partition(":")[2]: reference for reference in (self.model, *self.also_runs)}
 
     @property
     def pipeline_name(self) -> str:
@@ -101,7 +106,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         bundled="emoji-pixart-64",
         accelerations=("bac",),
         aliases=("PixArtSigmaPipeline", "PixArtAlphaPipeline"),
-        also_runs=("GraftedPixArtTransformer2DModel",),
+        also_runs=("dit_suite.grafting.models:GraftedPixArtTransformer2DModel",),
     ),
     Technique(
         name="dit",
@@ -112,7 +117,11 @@ TECHNIQUES: tuple[Technique, ...] = (
         options="dit_suite.call_options:ClassToImageOptions",
         accelerations=("bac",),
         aliases=("DiTPipeline",),
-        also_runs=("DiTTransformer2DModel", "Transformer2DModel", "GraftedDiTModel"),
+        also_runs=(
+            "diffusers:DiTTransformer2DModel",
+            "diffusers:Transformer2DModel",
+            "dit_suite.grafting.models:GraftedDiTModel",
+        ),
     ),
     Technique(
         name="tarflow",
@@ -233,9 +242,9 @@ def technique_of_class(class_name: str, model_class_name: str | None = None) -> 
         if row.model_name == model_class_name:
             return row
     for row in rows:
-        if model_class_name in row.also_runs:
+        if model_class_name in row.networks:
             return row
-    known = sorted({row.model_name for row in rows} | {name for row in rows for name in row.also_runs})
+    known = sorted({name for row in rows for name in row.networks})
     raise ValueError(f"{class_name} does not run a {model_class_name}; it takes {', '.join(known)}")
 
 

@@ -191,6 +191,18 @@ def test_hub_repository_is_downloaded_to_a_folder_first(saved, monkeypatch, caps
     assert np.array_equal(sample(pipe), sample(load_pipeline(saved)))
 
 
+def test_without_a_connection_a_hub_repository_is_the_copy_on_this_machine_or_one_sentence(saved, monkeypatch, capsys):
+    def unreachable(self, *args, **kwargs):
+        raise RuntimeError("name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    with pytest.raises(FileNotFoundError, match="owner/model@abc123 can't be downloaded: name or service not known"):
+        find_checkpoint("owner/model@abc123")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, local_files_only, **kwargs: str(saved))
+    assert find_checkpoint("owner/model@abc123").folder == Path(saved)
+    assert "the copy on this machine is used" in capsys.readouterr().err
+
+
 def test_stock_pixart_sigma_folder_runs(tmp_path):
     """A folder that diffusers' PixArtSigmaPipeline wrote, with T5, a VAE and DPM-Solver."""
     from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline

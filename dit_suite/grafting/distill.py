@@ -34,7 +34,7 @@ class DistillConfig(Options):
     pair_lr: float = option(1e-4, "learning rate of pairs of blocks (their weights are trained ones)", minimum=0.0)
     scaled_pred: bool = option(False, "weigh an operator's errors by the gate behind it", advanced=True)
     decay_share: float = option(0.4, "share of stage 1 in which the learning rate falls to 0", minimum=0.0, maximum=1.0)
-    clip: float = option(10.0, "largest gradient norm of one operator", minimum=0.0)
+    clip: float = option(10.0, "largest gradient norm of one operator; 0 turns clipping off", minimum=0.0)
     seed: int = option(0, "fresh operators of layer l start from seed + l", minimum=0)
 
 
@@ -95,7 +95,7 @@ class Student:
             loss = distillation_loss(prediction * scale, target * scale, self.loss, self.delta)
             self.optimizer.zero_grad()
             loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, self.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
         self.optimizer.step()
         squared = float((prediction.detach() - target).square().mean())
         keep = 0.98 if self.steps else 0.0

@@ -77,10 +77,15 @@ def build_operator(spec: OperatorSpec, dim: int, num_tokens: int, heads: int) ->
 
 @dataclass(frozen=True)
 class GraftPlan:
-    """Attributes:
-    attention, mlp: operator per layer index.
-    pairs: (first, second) layers that run side by side; see `surgery.ParallelPair`.
-    pair_init: "residual_sum" or "average".
+    """Which operators are exchanged and which blocks are paired.
+
+    Attributes:
+        attention, mlp: operator per layer index.
+        pairs: (first, second) layers that run side by side; see `surgery.ParallelPair`.
+        pair_init: "residual_sum" or "average".
+
+    Raises:
+        ValueError: an operator in the place of the other kind, or pairs that are no neighbours or overlap.
     """
 
     attention: Mapping[int, OperatorSpec] = field(default_factory=dict)

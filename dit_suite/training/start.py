@@ -10,11 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from dit_suite.checkpoints import find_checkpoint
-
-_GRAFTED = "dit_suite.grafting.models"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -25,13 +21,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("_")}
-
-
-def _class_name(name: str, technique_model: str) -> str:
-    """How a config names the class that a checkpoint's `config.json` names."""
-    if technique_model.endswith(f":{name}"):
-        return technique_model
-    return f"{_GRAFTED}:{name}" if not hasattr(diffusers, name) else name
 
 
 def start_from_checkpoint(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +42,7 @@ def start_from_checkpoint(values: Mapping[str, Any]) -> dict[str, Any]:
     options = {**_plain(config), **(model.get("options") or {})}
     values["model"] = {
         **{key: value for key, value in model.items() if key != "from"},
-        "name": model.get("name") or _class_name(config["_class_name"], row.model),
+        "name": model.get("name") or row.networks[config["_class_name"]],
         "options": options,
     }
     values["init_from"] = str(folder)

@@ -13,7 +13,7 @@ from dit_suite.caching.plan import BACConfig
 from dit_suite.caching.profile import SimilarityProfile
 from dit_suite.caching.recorder import ProfileRecorder
 from dit_suite.checkpoints import load_pipeline
-from dit_suite.grafting.distill import DistillConfig, Distiller, distillation_loss
+from dit_suite.grafting.distill import DistillConfig, Distiller, Student, distillation_loss
 from dit_suite.grafting.locality import AttentionLocality
 from dit_suite.grafting.models import GraftedDiTModel, graft
 from dit_suite.grafting.plan import GraftPlan, OperatorSpec, band_locality, interleaved, most_local
@@ -190,6 +190,14 @@ def test_distillation_lowers_the_error_and_leaves_the_teacher_alone() -> None:
     assert {row["steps"] for row in late} == {12 * 3}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not model.transformer_blocks[1].attn._forward_hooks
+
+
+def test_without_clipping_an_operator_still_learns() -> None:
+    operator = torch.nn.Linear(4, 4)
+    before = operator.weight.clone()
+    optimizer = torch.optim.SGD(operator.parameters(), 0.1)
+    loss, norm = Student("a", operator, optimizer, "l2", clip=0.0).step(torch.ones(1, 2, 4), torch.zeros(1, 2, 4))
+    assert loss > 0 and norm > 0 and not torch.equal(operator.weight, before)
 
 
 def test_a_stopped_distillation_goes_on_bit_for_bit(tmp_path: Path) -> None:
