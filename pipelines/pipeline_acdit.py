@@ -10,7 +10,7 @@ from diffusers.video_processor import VideoProcessor
 
 from dit_suite.models.acdit import ACDiTTransformer3DModel
 from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
-from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, initial_noise
+from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, check_positive, initial_noise
 from dit_suite.schedulers.diffusers_schedulers import step_arguments
 from dit_suite.schedulers.guidance import guide
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
@@ -40,8 +40,7 @@ class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        names = None if id2label is None else {str(key): value for key, value in id2label.items()}
-        self.register_to_config(id2label=names)
+        self.register_labels(id2label)
         self.video_processor = VideoProcessor(vae_scale_factor=1, do_resize=False)
 
     @property
@@ -67,8 +66,7 @@ class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         callback_tensor_inputs: list[str],
     ) -> None:
         """Raises `ValueError` with one sentence for anything the call can't use."""
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        check_positive(num_inference_steps=num_inference_steps)
         if guidance_scale > 1 and self.transformer.null_label is None:
             raise ValueError("this network has no null class, so it can't be guided: set guidance_scale to 1")
         self.transformer.check_block_size(block_size)

@@ -85,8 +85,8 @@ class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, D
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        names = None if id2label is None else {str(key): value for key, value in id2label.items()}
-        self.register_to_config(id2label=names, prediction_type=prediction_type)
+        self.register_labels(id2label)
+        self.register_to_config(prediction_type=prediction_type)
         self.attach_image_processor()
 
     @property

@@ -13,6 +13,7 @@ from dit_suite.pipelines.sampling_mixins import (
     LatentImagesMixin,
     LoraMixin,
     SamplingMixin,
+    check_positive,
     initial_noise,
 )
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
@@ -75,7 +76,7 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(id2label=None if id2label is None else {str(k): v for k, v in id2label.items()})
+        self.register_labels(id2label)
         self.attach_image_processor()
 
     @property
@@ -276,8 +277,7 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
             >>> pipe(3, height=64, width=160).images[0].save("panorama.png")
         """
         callback_inputs = self.callback_tensor_names(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        check_positive(num_inference_steps=num_inference_steps)
         ids = self.get_label_ids(class_labels)
         height = height or self._default_size()
         width = width or self._default_size()

@@ -14,7 +14,7 @@ from PIL import Image
 from dit_suite.metadata import write_png
 from dit_suite.models.nfd import NFDTransformer3DModel
 from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
-from dit_suite.pipelines.sampling_mixins import SamplingMixin
+from dit_suite.pipelines.sampling_mixins import SamplingMixin, check_positive
 from dit_suite.schedulers.frame_sampler import FrameNoise, FrameSampler, FrameSamplerOptions
 from dit_suite.schedulers.speculative import SpeculativeOptions, SpeculativeSampler
 from dit_suite.schedulers.trigflow import FrameFlowScheduler, TrigFlowScheduler
@@ -139,8 +139,7 @@ class NFDPipeline(SamplingMixin, DiffusionPipeline):
     ) -> None:
         """Raises `ValueError` with one sentence for anything the call can't use."""
         config = self.transformer.config
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        check_positive(num_inference_steps=num_inference_steps)
         shape = (count, config.in_channels, num_frames, config.sample_height, config.sample_width)
         self.check_sampling(shape, generator, latents, output_type, callback_tensor_inputs)
         if image is None:

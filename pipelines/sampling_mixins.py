@@ -211,6 +211,11 @@ def initial_noise(shape: tuple[int, ...], device: torch.device, generator: Gener
 class ClassLabelsMixin:
     """Class labels by id or by name, from the pipeline's config entry `id2label` ({id: "name, other name"})."""
 
+    def register_labels(self, id2label: dict[str, str] | None) -> None:
+        """Keeps `id2label` in the config, ids as text as JSON has them."""
+        names = None if id2label is None else {str(key): value for key, value in id2label.items()}
+        self.register_to_config(id2label=names)
+
     @property
     def labels(self) -> dict[str, tuple[int, ...]]:
         """Class ids by name (lower case); in ImageNet a few names belong to two classes."""
