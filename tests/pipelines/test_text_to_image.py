@@ -156,7 +156,12 @@ def test_latent_space_goes_through_the_vae():
 
 def test_learned_variance_channels_are_dropped():
     pipe = tiny_text_to_image(transformer=tiny_pixart(channels=3, out_channels=6))
-    assert sample(pipe).shape == (1, 3, 8, 8)
+    before, rows = sample(pipe), pipe.transformer.proj_out.weight.detach().unflatten(0, (-1, 6))
+    assert before.shape == (1, 3, 8, 8)
+    rows[:, 3:] += 1.0
+    assert torch.equal(sample(pipe), before)
+    rows[:, :3] += 1.0
+    assert not torch.equal(sample(pipe), before)
 
 
 FLOW = (
