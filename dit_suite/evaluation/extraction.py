@@ -1,10 +1,11 @@
 """One pass over a source: features of every sample, shared between processes, in index order.
 
-Batches are cut by index as in `dit_suite.sampling`, and process r of K takes the batches b with b mod K = r, so that a
-batch holds the same pictures for every K and the features agree bit for bit.
+Batches are cut by index as in `dit_suite.sampling` and shared by the processes in turn, so that a batch holds the same
+pictures for any number of them and the features agree bit for bit.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,20 @@ def as_pictures(samples: np.ndarray, device: torch.device | str) -> torch.Tensor
     return pictures.permute(0, 3, 1, 2).contiguous()
 
 
+def share_of(rank: int, world: int, count: int, batch_size: int, made_together: int = 1) -> list[tuple[int, range]]:
+    """The batches of process `rank` of `world`, with their numbers.
+
+    Args:
+        count: samples in all.
+        batch_size: samples per batch.
+        made_together: lots in which the source makes its samples. A process gets whole lots, so that no two make the
+            same one.
+    """
+    span = math.lcm(batch_size, made_together)
+    numbered = enumerate(batches(count, batch_size))
+    return [(number, batch) for number, batch in numbered if batch.start // span % world == rank]
+
+
 def extract(
     source: Source,
     extractor: FeatureExtractor,
@@ -62,12 +77,11 @@ def extract(
         progress: label of a progress bar on the main process.
     """
     rank, world = (state.process_index, state.num_processes) if state is not None else (0, 1)
-    all_batches = batches(len(source), batch_size)
+    share = share_of(rank, world, len(source), batch_size, getattr(source, "made_together", 1))
     rows: list[dict[str, Any]] = []
     statistics = FeatureStatistics(extractor.tag.dimension)
     spatial: FeatureStatistics | None = None
-    for number in tqdm(range(rank, len(all_batches), world), desc=progress, disable=progress is None or rank != 0):
-        indices = all_batches[number]
+    for number, indices in tqdm(share, desc=progress, disable=progress is None or rank != 0):
         samples = source.read(indices)
         inputs = torch.from_numpy(samples) if extractor.takes_clips else as_pictures(samples, extractor.device)
         with torch.inference_mode():

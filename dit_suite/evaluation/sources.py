@@ -28,7 +28,10 @@ LOSSY_SUFFIXES = (".jpg", ".jpeg")
 
 
 class Source(Protocol):
-    """Samples by index, all of one shape `(H, W, 3)`, or `(T, H, W, 3)` for clips."""
+    """Samples by index, all of one shape `(H, W, 3)`, or `(T, H, W, 3)` for clips.
+
+    A source that makes its samples in lots of several says of how many in `made_together`.
+    """
 
     shape: tuple[int, ...]
 
@@ -243,6 +246,10 @@ class GeneratedSource:
 
     def __len__(self) -> int:
         return self.num_samples
+
+    @property
+    def made_together(self) -> int:
+        return self.job.batch_size
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         size = self.job.batch_size

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dit_suite.evaluation.distances import kid, precision_recall
-from dit_suite.evaluation.extraction import extract
+from dit_suite.evaluation.extraction import extract, share_of
 from dit_suite.evaluation.extractors import RandomConv
 from dit_suite.evaluation.metric_names import parse_metrics
 from dit_suite.evaluation.options import EvaluationOptions
@@ -16,6 +16,7 @@ from dit_suite.evaluation.pairs import Lpips, PerceptualDistance, psnr, ssim, su
 from dit_suite.evaluation.runner import Evaluation, Inputs
 from dit_suite.evaluation.sources import NpzSource
 from dit_suite.evaluation.statistics import FeatureSet, FeatureStatistics, load_feature_set, save_feature_set
+from dit_suite.sampling import batches
 
 OPTIONS = EvaluationOptions(bootstrap=20)
 
@@ -228,6 +229,19 @@ def test_lpips_without_its_backbone_says_what_to_do(monkeypatch):
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", refuse)
     with pytest.raises(FileNotFoundError, match="alexnet-owt-7be5be79.pth"):
         Lpips()
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "lot", "world"), [(50, 4, 6, 3), (50, 4, 1, 3), (11, 32, 64, 2), (150, 8, 64, 4)]
+)
+def test_processes_make_no_lot_of_samples_twice(count, size, lot, world):
+    shares = [share_of(rank, world, count, size, lot) for rank in range(world)]
+    assert sorted((pair for share in shares for pair in share), key=lambda pair: pair[0]) == list(
+        enumerate(batches(count, size))
+    )
+    lots = [{index // lot for _, batch in share for index in batch} for share in shares]
+    assert sum(map(len, lots)) == len(set().union(*lots))
+    assert [number for number, _ in share_of(1, 3, 50, 4)] == [1, 4, 7, 10]
 
 
 def test_options_refuse_nonsense():
