@@ -46,6 +46,9 @@ def export(
             path.chmod(0o644)
         settings = json.loads(config.identity())
         settings["init_from"] = Path(settings["init_from"]).name
+        objective = settings["objective"]["options"]
+        if "teacher" in objective:
+            objective["teacher"] = Path(objective["teacher"]).name
         write_json({"config": settings, **about}, folder / "training.json")
         data = Path(config.data.path)
         if config.data.path and (data / LABEL_FILE).is_file():

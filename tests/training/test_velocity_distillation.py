@@ -54,6 +54,7 @@ def test_a_student_comes_to_its_teacher(finished, tmp_path):
     before = load_pipeline(folder).transformer.state_dict()
     Trainer(config_from_dict(values)).run()
     assert [loss for _, loss, _ in curve(tmp_path / "copy")] == [0.0, 0.0]
+    assert str(folder) not in (tmp_path / "copy" / "checkpoint" / "training.json").read_text()
     after = load_pipeline(tmp_path / "copy" / "checkpoint").transformer.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)
 
