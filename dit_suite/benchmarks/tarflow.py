@@ -14,7 +14,7 @@ plan has such sweeps, a second row takes it without them. `rms` is the error of 
 import argparse
 import statistics
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def methods(pipe: Any, chosen: str) -> list[Method]:
         Method("planned", pipe.block_strategies("planned", 1, 1)),
     ]
     if any(each.bfloat16_sweeps for each in rows[1].strategies):
-        rows.append(Method("planned, all in float32", [replace(s, bfloat16_sweeps=0) for s in rows[1].strategies]))
+        rows.append(Method("planned, all in float32", [each.in_float32() for each in rows[1].strategies]))
     if chosen in ("all", "fixed"):
         for sweeps in (2, 3, 4):
             rows.append(

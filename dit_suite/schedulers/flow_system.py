@@ -195,9 +195,9 @@ def estimated_error(change: torch.Tensor, previous: torch.Tensor | None) -> torc
     If every sweep shrinks the error by r, the change c of a sweep leaves c * r / (1 - r). After a first sweep, which
     has no ratio, the change itself is returned: an upper bound as long as r is at most 1/2.
 
-    A float32 sweep after bfloat16 ones: its change holds the rounding of the iterate before, which is a real error of
-    that iterate and shrinks like any other. Where rounding is most of two changes their ratio comes near 1, so that
-    the sample goes on. A bfloat16 sweep's own rounding is in no change yet, so no sample may stop after one.
+    The rounding of a bfloat16 sweep is in no change before the next one, so that no sample may stop after it. The
+    change of the float32 sweep that follows holds it: an error of the iterate before like any other, which this sweep
+    shrank like any other. Where rounding is most of both changes the ratio comes near 1, and the sample goes on.
     """
     if previous is None:
         return change

@@ -1,7 +1,7 @@
 """How a TarFlow block is solved and how a flow is guided: plain data for scheduler, planner and pipeline."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GUESSES = ("latent", "zero", "linear")
 
@@ -67,6 +67,10 @@ class BlockStrategy:
                 f"bfloat16_sweeps must be between 0 and {most} (none if sequential, and never the last sweep), "
                 f"got {self.bfloat16_sweeps}"
             )
+
+    def in_float32(self) -> "BlockStrategy":
+        """How it runs on a device that gains nothing by bfloat16: samples may stop after a first sweep there."""
+        return replace(self, bfloat16_sweeps=0)
 
     def is_sequential(self, tokens: int) -> bool:
         return self.modules == 0 or self.modules >= tokens
