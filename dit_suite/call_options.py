@@ -90,6 +90,13 @@ class TarFlowOptions(Options):
         choices=("latent", "zero", "linear"),
         advanced=True,
     )
+    bfloat16_sweeps: int | None = option(
+        None,
+        "first sweeps of a module that run in bfloat16 where that is faster (default: as planned, else none)",
+        minimum=0,
+        maximum=4096,
+        advanced=True,
+    )
     guidance_parameters: str = option(
         "ab", "what guidance moves: a log-scale, b shift", choices=("ab", "a", "b"), advanced=True
     )

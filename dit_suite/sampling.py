@@ -6,6 +6,7 @@ stopped.
 """
 
 import hashlib
+import inspect
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -240,13 +241,20 @@ def open_job(job: SamplingJob, device: Any = None, checkpoint: Checkpoint | None
     return pipe
 
 
-def sample_batch(pipe: Any, job: SamplingJob, indices: Sequence[int], on_step: Callable | None = None) -> np.ndarray:
+def sample_batch(
+    pipe: Any,
+    job: SamplingJob,
+    indices: Sequence[int],
+    on_step: Callable | None = None,
+    on_call: Callable | None = None,
+) -> np.ndarray:
     """Makes the samples `indices` in one batch.
 
     Args:
         pipe: what `open_job` returned.
         indices: sample indices.
         on_step: a `callback_on_step_end`.
+        on_call: a `callback_on_network_call`, for pipelines whose steps are long enough to have one.
 
     Returns:
         uint8, `(n, H, W, 3)` for pictures or `(n, T, H, W, 3)` for clips.
@@ -256,6 +264,8 @@ def sample_batch(pipe: Any, job: SamplingJob, indices: Sequence[int], on_step: C
     given: dict[str, Any] = {job.options.condition: [job.condition(i) for i in indices]}
     if job.start_image is not None:
         given["image"] = job.start_image.open()
+    if on_call is not None and "callback_on_network_call" in inspect.signature(pipe.__call__).parameters:
+        given["callback_on_network_call"] = on_call
     output = pipe(
         **given,
         **job.options.to_kwargs(),

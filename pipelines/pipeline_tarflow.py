@@ -1,7 +1,7 @@
 """Class to image with a TarFlow: noise is carried through the inverse of every block by the GS-Jacobi scheduler."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         modules: int,
         tolerance: float,
         guess: str,
+        bfloat16_sweeps: int | None,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         output_type: str,
@@ -91,6 +92,8 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             raise ValueError(f"tolerance must be at least 0, got {tolerance}")
         if guess not in GUESSES:
             raise ValueError(f"guess must be one of {', '.join(GUESSES)}, got {guess!r}")
+        if bfloat16_sweeps is not None and bfloat16_sweeps < 0:
+            raise ValueError(f"bfloat16_sweeps must be at least 0, or None for the plan's, got {bfloat16_sweeps}")
         guesses = {each.guess for each in self.block_strategies(strategy, sweeps, modules, guess)}
         if "linear" in guesses and not self.transformer.config.guess_kernel:
             raise ValueError(
@@ -116,14 +119,21 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             latents = initial_noise(shape, device, generator)
         return latents.to(device=device, dtype=torch.float32)
 
-    def block_strategies(self, strategy: str, sweeps: int, modules: int, guess: str = "latent") -> list[BlockStrategy]:
-        """How each block is solved, in sampling order."""
+    def block_strategies(
+        self, strategy: str, sweeps: int, modules: int, guess: str = "latent", bfloat16_sweeps: int | None = None
+    ) -> list[BlockStrategy]:
+        """How each block is solved, in sampling order; arguments as for the call."""
         count = len(self.transformer.blocks)
         if strategy == "planned":
-            return [self.scheduler.strategy_of(block, count) for block in reversed(range(count))]
-        if strategy == "sequential":
-            return [BlockStrategy()] * count
-        return [BlockStrategy(1 if strategy == "jacobi" else modules, sweeps, guess)] * count
+            rows = [self.scheduler.strategy_of(block, count) for block in reversed(range(count))]
+        elif strategy == "sequential":
+            rows = [BlockStrategy()] * count
+        else:
+            rows = [BlockStrategy(1 if strategy == "jacobi" else modules, sweeps, guess)] * count
+        if bfloat16_sweeps is None:
+            return rows
+        most = [row.sweeps - 1 if row.modules else 0 for row in rows]
+        return [replace(row, bfloat16_sweeps=min(bfloat16_sweeps, m)) for row, m in zip(rows, most, strict=True)]
 
     def decode(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
         """Pictures from a state `(batch, channels, side, side)`: the final one, or a preview after any block."""
@@ -151,6 +161,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         modules: int = 8,
         tolerance: float = 0.0,
         guess: str = "latent",
+        bfloat16_sweeps: int | None = None,
         guidance_parameters: str = "ab",
         attention_temperature: float = 1.0,
         annealed_guidance: bool = True,
@@ -161,6 +172,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        callback_on_network_call: Callable[["TarFlowPipeline", int, int], None] | None = None,
     ) -> TarFlowPipelineOutput | tuple:
         """Generates pictures. One step is one block; the progress bar counts network calls.
 
@@ -172,6 +184,9 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             sweeps, modules, tolerance: for "jacobi" and "gauss-seidel", the same for every block; a sample leaves a
                 module when its root mean square error, estimated from the last two sweeps, is within `tolerance`.
             guess: where "jacobi" and "gauss-seidel" start: "latent" (the noise), "zero", or "linear" (a fitted one).
+            bfloat16_sweeps: how many of the first sweeps of a module run in bfloat16, never its last one; they stay in
+                float32 where that is known to be faster (each trace's `note` says so). None: as many as planned, none
+                for "jacobi" and "gauss-seidel".
             guidance_parameters: "ab", "a" (log-scale only) or "b" (shift only).
             attention_temperature: attention temperature of the weaker branch; what guides a model without classes.
             annealed_guidance: the guidance weight grows linearly over the tokens of a block.
@@ -184,6 +199,8 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
                 `pipe.decode(tensors["latents"])` is a preview. Setting `pipe._interrupt` stops before the next call
                 of the network.
             callback_on_step_end_tensor_inputs: names among `latents`, `class_labels`.
+            callback_on_network_call: called as `callback(pipe, done, total)` within the blocks: after every sweep or
+                token, with the calls of the network so far (those that early stopping saves count as done) of all.
 
         Raises:
             ValueError: an argument is out of range or does not fit the model.
@@ -193,8 +210,8 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         ids = [label for label in self.get_label_ids(class_labels) for _ in range(num_images_per_prompt)]
         total = len(ids)
         self.check_inputs(
-            total, num_images_per_prompt, denoise_strength, strategy, sweeps, modules, tolerance, guess, generator,
-            latents, output_type, callback_inputs,
+            total, num_images_per_prompt, denoise_strength, strategy, sweeps, modules, tolerance, guess,
+            bfloat16_sweeps, generator, latents, output_type, callback_inputs,
         )  # fmt: skip
         FlowGuidance(guidance_scale - 1.0, guidance_parameters, attention_temperature, annealed_guidance)
         self._guidance_scale = guidance_scale
@@ -205,16 +222,24 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         self.scheduler.set_timesteps(count, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
-        strategies = self.block_strategies(strategy, sweeps, modules, guess)
+        strategies = self.block_strategies(strategy, sweeps, modules, guess, bfloat16_sweeps)
         limit = None if strategy == "planned" else tolerance
         latents = self.prepare_latents(self._latent_shape(total), device, generator, latents)
         latents = self.transformer.unpatchify(self.transformer.scale_noise(self.transformer.patchify(latents)))
         calls = sum(len(each.calls(self.transformer.num_tokens)) for each in strategies)
-        run, traces = Run(), []
+        run, traces, done = Run(), [], 0
         denoising = output_type != "latent" and denoise_strength > 0
         num_steps = count + int(denoising)
 
         with self.progress_bar(total=calls) as progress_bar:
+
+            def count_calls(made: int) -> None:
+                nonlocal done
+                done += made
+                progress_bar.update(made)
+                if callback_on_network_call is not None:
+                    callback_on_network_call(self, done, calls)
+
             for index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -231,7 +256,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
                         guidance,
                         strategies[index],
                         limit,
-                        progress=progress_bar.update,
+                        progress=count_calls,
                         should_stop=lambda: self.interrupt,
                     )
                 traces.append(trace)

@@ -7,7 +7,8 @@ methods and is timed in a row of its own; `with_denoise` is the ratio when both 
 
 `sweeps` is the mean number of sweeps of a sample over the blocks solved by sweeps, `network_calls` counts calls of a
 block's network, and `passes` what they computed for a sample, in whole sequences of one block, samples that diverged
-and were solved again token by token included. `rms` is the error of the pictures in [-1, 1].
+and were solved again token by token included. `bfloat16` counts the calls among them that ran in bfloat16; where the
+plan has such sweeps, a second row takes it without them. `rms` is the error of the pictures in [-1, 1].
 """
 
 import argparse
@@ -35,6 +36,7 @@ class Method:
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     calls: list[int] = field(default_factory=list)
+    bfloat16: list[int] = field(default_factory=list)
     token_passes: list[float] = field(default_factory=list)
     sweeps: list[float] = field(default_factory=list)
     pictures: list[torch.Tensor] = field(default_factory=list)
@@ -59,6 +61,8 @@ def methods(pipe: Any, chosen: str) -> list[Method]:
         Method("sequential", [BlockStrategy()] * count),
         Method("planned", pipe.block_strategies("planned", 1, 1)),
     ]
+    if any(each.bfloat16_sweeps for each in rows[1].strategies):
+        rows.append(Method("planned, all in float32", [each.in_float32() for each in rows[1].strategies]))
     if chosen in ("all", "fixed"):
         for sweeps in (2, 3, 4):
             rows.append(
@@ -92,7 +96,7 @@ class Bench:
         """Inverts one batch of tokens and books what it took."""
         model, tokens = self.pipe.transformer, self.pipe.transformer.scale_noise(noise)
         scheduler, count = GSJacobiScheduler(), len(self.pipe.transformer.blocks)
-        calls, passes, sweeps = 0, 0.0, []
+        calls, bfloat16, passes, sweeps = 0, 0, 0.0, []
         _sync(self.device)
         wall, cpu = time.perf_counter(), time.process_time()
         for index, strategy in enumerate(method.strategies):
@@ -102,6 +106,7 @@ class Bench:
             )
             tokens = trace.prev_sample
             calls += trace.calls
+            bfloat16 += trace.bfloat16_calls
             if strategy.is_sequential(model.num_tokens):
                 passes += trace.calls / model.num_tokens
             else:
@@ -114,6 +119,7 @@ class Bench:
             method.wall.append(time.perf_counter() - wall)
             method.cpu.append(time.process_time() - cpu)
             method.calls.append(calls)
+            method.bfloat16.append(bfloat16)
             method.token_passes.append(passes)
             method.sweeps.append(statistics.mean(sweeps) if sweeps else 0.0)
             method.pictures.append(model.unpatchify(tokens).clamp(-1, 1))
@@ -197,6 +203,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "with_denoise": _ratio(total_base, total),
             "sweeps": statistics.mean(row.sweeps),
             "network_calls": statistics.median(row.calls),
+            "bfloat16": statistics.median(row.bfloat16),
             "passes": statistics.median(row.token_passes),
             "rms": float(error.square().mean().sqrt()),
             "psnr_min": None if row is base else float(quality.min()),

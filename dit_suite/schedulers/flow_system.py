@@ -1,6 +1,7 @@
 """The triangular system of one TarFlow block: its equations for a batch, where solvers start, and what they report."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,8 @@ class BlockTrace(BaseOutput):
         covered: the number of tokens that every sweep updated.
         sweeps: `(batch,)` sweeps that each sample took part in.
         calls: network calls (guidance runs both branches in one call).
+        bfloat16_calls: how many of them ran in bfloat16.
+        note: why none did, although the strategy asks for some; else empty.
         fallbacks: samples that diverged and were solved sequentially.
         interrupted: True when `should_stop` ended the solution early.
     """
@@ -40,6 +43,8 @@ class BlockTrace(BaseOutput):
     covered: list[int] = field(default_factory=list)
     sweeps: torch.Tensor | None = None
     calls: int = 0
+    bfloat16_calls: int = 0
+    note: str = ""
     fallbacks: tuple[int, ...] = ()
     interrupted: bool = False
 
@@ -97,7 +102,12 @@ class FlowSystem:
         return index if self.guidance is None else torch.cat([index, index + self.batch])
 
     def update(
-        self, tokens: torch.Tensor, start: int, caches: list[LayerCache] | None, index: torch.Tensor | None = None
+        self,
+        tokens: torch.Tensor,
+        start: int,
+        caches: list[LayerCache] | None,
+        index: torch.Tensor | None = None,
+        bfloat16: bool = False,
     ) -> torch.Tensor:
         """New values of the tokens after each input: `(rows, length, token_dim)` float32.
 
@@ -105,6 +115,8 @@ class FlowSystem:
             tokens: inputs at `start ..`, `(rows, length, token_dim)`.
             caches: of these rows.
             index: the samples that the rows are; None for the whole batch.
+            bfloat16: run the network's matrix products and attention in bfloat16. Autocast casts the weights where
+                they are used, so that no copy of them can grow stale, stay behind or miss an offloading hook.
         """
         condition, weaker, latents = self.condition, self.weaker, self.latents
         if index is not None:
@@ -112,10 +124,12 @@ class FlowSystem:
             condition = None if condition is None else condition.index_select(0, index)
             weaker = None if weaker is None else weaker.index_select(0, index)
         end = start + tokens.shape[1]
-        if self.guidance is None:
-            log_scale, shift = self.block.next_affine(tokens, condition, start, None, caches, self.positions)
-        else:
-            log_scale, shift = self._guided(tokens, condition, weaker, start, caches)
+        device = latents.device.type
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False) if bfloat16 else nullcontext():
+            if self.guidance is None:
+                log_scale, shift = self.block.next_affine(tokens, condition, start, None, caches, self.positions)
+            else:
+                log_scale, shift = self._guided(tokens, condition, weaker, start, caches)
         return torch.exp(log_scale) * latents[:, start + 1 : end + 1] + shift
 
     def _guided(
@@ -161,11 +175,29 @@ class Watch:
     should_stop: Callable[[], bool] = never
 
 
+def why_not_bfloat16(device: torch.device, dtype: torch.dtype) -> str:
+    """Why bfloat16 would not speed up a network with weights of `dtype` on `device`; empty where it does.
+
+    On CPUs only tile units (AMX) count: without them bfloat16 loses, AVX512-BF16 included (docs/tarflow.md).
+    """
+    if dtype != torch.float32:
+        return f"the weights are in {str(dtype).removeprefix('torch.')}, not float32"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "this GPU has no bfloat16 units"
+    if device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        return "this processor has no bfloat16 matrix units (AMX)"
+    return "" if device.type in ("cuda", "cpu") else f"bfloat16 sweeps are not known to pay on {device.type}"
+
+
 def estimated_error(change: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
     """What is left after a sweep, judged by its change and that of the sweep before (Aitken's geometric estimate).
 
     If every sweep shrinks the error by r, the change c of a sweep leaves c * r / (1 - r). After a first sweep, which
     has no ratio, the change itself is returned: an upper bound as long as r is at most 1/2.
+
+    The rounding of a bfloat16 sweep is in no change before the next one, so that no sample may stop after it. The
+    change of the float32 sweep that follows holds it: an error of the iterate before like any other, which this sweep
+    shrank like any other. Where rounding is most of both changes the ratio comes near 1, and the sample goes on.
     """
     if previous is None:
         return change

@@ -13,6 +13,9 @@ the last block first. In the block's own token order the unknowns x obey
 
 After k sweeps the first k tokens of a module are exact whatever the initial guess, so `sweeps` >= module length gives
 the sequential solution.
+
+The first sweeps of a module may run the network in bfloat16 (`BlockStrategy.bfloat16_sweeps`, not in the paper): an
+iterate that is far from the solution needs no more digits, and every later sweep shrinks their rounding like any error.
 """
 
 import math
@@ -35,6 +38,7 @@ from dit_suite.schedulers.flow_system import (
     first_iterate,
     ignore,
     never,
+    why_not_bfloat16,
 )
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
@@ -73,12 +77,18 @@ class _Sweeper:
         self.diverged = torch.zeros(system.batch, dtype=torch.bool, device=self.found.device)
 
     def sweep(
-        self, start: int, end: int, module: int, active: torch.Tensor | None, caches: list | None
+        self,
+        start: int,
+        end: int,
+        module: int,
+        active: torch.Tensor | None,
+        caches: list | None,
+        bfloat16: bool = False,
     ) -> torch.Tensor:
         """Updates the tokens `start + 1 .. end` of the `active` samples; returns their sums of squared changes."""
         found, first = self.found, start + 1
         rows = found if active is None else found.index_select(0, active)
-        new = self.system.update(rows[:, start:end], start, caches, active)
+        new = self.system.update(rows[:, start:end], start, caches, active, bfloat16)
         old = rows[:, first : end + 1]
         if self.clamp is not None:
             new = new.clamp(-self.clamp, self.clamp)
@@ -101,6 +111,7 @@ class _Sweeper:
         self.trace.modules.append(module)
         self.trace.covered.append(end - start)
         self.trace.calls += 1
+        self.trace.bfloat16_calls += bfloat16
         self.trace.sweeps += 1 if active is None else torch.zeros_like(self.trace.sweeps).index_fill(0, active, 1)
         self.watch.progress(1)
         return everyone
@@ -114,8 +125,13 @@ class _Sweeper:
         return change
 
 
-def _solve_modules(sweeper: _Sweeper, calls: list[tuple[int, int, int]], tolerance: float, stopping: str) -> None:
-    """Module after module; a sample whose estimated error is within `tolerance` takes no part in its later sweeps."""
+def _solve_modules(
+    sweeper: _Sweeper, calls: list[tuple[int, int, int]], tolerance: float, stopping: str, bfloat16_sweeps: int
+) -> None:
+    """Module after module; a sample whose estimated error is within `tolerance` takes no part in its later sweeps.
+
+    The first `bfloat16_sweeps` of each module run in bfloat16; no sample leaves before a sweep in float32.
+    """
     system, wild = sweeper.system, torch.zeros_like(sweeper.diverged)
     token_dim = system.latents.shape[2]
     position = 0
@@ -130,7 +146,7 @@ def _solve_modules(sweeper: _Sweeper, calls: list[tuple[int, int, int]], toleran
             if sweeper.watch.should_stop():
                 sweeper.trace.interrupted = True
                 return
-            change = sweeper.sweep(start, end, module, active, caches)
+            change = sweeper.sweep(start, end, module, active, caches, done <= bfloat16_sweeps)
             if done == budget or tolerance < 0:
                 continue
             if stopping == "batch":
@@ -140,6 +156,8 @@ def _solve_modules(sweeper: _Sweeper, calls: list[tuple[int, int, int]], toleran
                 rms = (change / ((end - start) * token_dim)).sqrt()
                 going = estimated_error(rms, previous) > tolerance
                 previous = rms
+            if done <= bfloat16_sweeps:
+                continue
             going = going | sweeper.diverged
             if active is not None:
                 going = going & torch.zeros_like(going).index_fill(0, active, True)
@@ -190,6 +208,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         stopping: "sample" decides for every sample by itself; "batch" is the reference's pooled rule (Frobenius norm
             over the batch / (batch * token_dim) against `tolerance`).
         clamp: bound on updated tokens (3.0 in the reference), or None. The sequential loop never clamps.
+        bfloat16_sweeps: per block, the first sweeps of a module that run in bfloat16 where the device has units for it.
         planned: what the planner measured, kept for the record.
     """
 
@@ -205,6 +224,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         tolerance: float = -1.0,
         stopping: str = "sample",
         clamp: float | None = None,
+        bfloat16_sweeps: list[int] | None = None,
         planned: dict | None = None,
     ) -> None:
         if stopping not in STOPPING:
@@ -214,6 +234,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         if math.isnan(tolerance):
             raise ValueError("tolerance must be a number, got nan")
         given = {"modules": modules, "sweeps": sweeps, "guesses": guesses, "tolerances": tolerances}
+        given["bfloat16_sweeps"] = bfloat16_sweeps
         lengths = {name: len(values) for name, values in given.items() if values is not None}
         if lengths and ("modules" not in lengths or len(set(lengths.values())) > 1):
             raise ValueError(f"a strategy needs lists of one length, modules among them, got lengths {lengths}")
@@ -225,6 +246,7 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
                 sweeps or [1] * count,
                 guesses or ["latent"] * count,
                 tolerances or [-1.0] * count,
+                bfloat16_sweeps or [0] * count,
             )
             self.strategies = tuple(BlockStrategy(*row) for row in zip(*columns, strict=True))
         self.timesteps = torch.zeros(0, dtype=torch.int64)
@@ -317,8 +339,10 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
         system = FlowSystem(block, sample, class_labels, guidance)
         if strategy.is_sequential(system.length):
             return block.order(solve_sequential(system, trace, watch))
-        sweeper = _Sweeper(system, strategy, self.config.clamp, trace, watch)
-        _solve_modules(sweeper, strategy.calls(system.length), limit, self.config.stopping)
+        sweeper, reduced = _Sweeper(system, strategy, self.config.clamp, trace, watch), strategy.bfloat16_sweeps
+        if reduced and (reason := why_not_bfloat16(sample.device, block.proj_in.weight.dtype)):
+            trace.note, reduced = f"all sweeps ran in the dtype of the weights: {reason}", 0
+        _solve_modules(sweeper, strategy.calls(system.length), limit, self.config.stopping, reduced)
         found = sweeper.found
         if bool(sweeper.diverged.any()) and not trace.interrupted:
             found = self._solve_again(block, sample, class_labels, guidance, sweeper, trace)

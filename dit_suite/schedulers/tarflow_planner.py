@@ -13,14 +13,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from dit_suite.models.tarflow import TarFlowBlock, TarFlowModel
-from dit_suite.schedulers.flow_system import FlowSystem, estimated_error, first_iterate
+from dit_suite.schedulers.flow_system import FlowSystem, estimated_error, first_iterate, why_not_bfloat16
 from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler, solve
 from dit_suite.schedulers.tarflow_metrics import FlowMetrics, flow_metrics
 from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
@@ -28,6 +28,7 @@ from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
 MAX_SWEEPS = 8
 TOLERANCES = (0.05, 0.03, 0.02, 0.014, 0.01, 0.007, 0.005, 0.0035, 0.0025)
 MODULES = (4, 8, 16)
+BFLOAT16_SWEEPS = (1, 2, 3)
 TOUGH = 2.0
 HOPELESS = 0.1
 GAIN_ROWS = 8
@@ -54,7 +55,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to solve one block: `errors` is the rms error of every sample, `seconds` the time of a batch."""
+    """One way to solve one block: `errors` is the rms error of every sample, `seconds` the time of a batch.
+
+    With bfloat16 sweeps the errors are the larger ones of this run and of the same strategy all in float32.
+    """
 
     strategy: BlockStrategy
     errors: torch.Tensor
@@ -72,7 +76,7 @@ class Plan:
         chosen_by: worst PSNR, and `floor`, on the samples that it was chosen by.
         metrics: IGM, CRM share and error gain per block.
         fixed: rows "the same sweeps for every block"; the last one is the fastest of those that were timed like the
-            plan (one per kind of guess).
+            plan (one per kind of guess, and one whose sweeps but the last are in bfloat16 where that is faster).
     """
 
     strategies: tuple[BlockStrategy, ...]
@@ -86,6 +90,7 @@ class Plan:
     def scheduler(self, record: dict) -> GSJacobiScheduler:
         """The strategy file: lists in sampling order, and the measurements under `planned`."""
         rows = [asdict(strategy) for strategy in self.strategies]
+        reduced = [row["bfloat16_sweeps"] for row in rows]
         measured = {
             "seconds": round(self.seconds, 4),
             "sequential_seconds": round(self.sequential_seconds, 4),
@@ -99,6 +104,7 @@ class Plan:
             sweeps=[row["sweeps"] for row in rows],
             guesses=[row["guess"] for row in rows],
             tolerances=[row["tolerance"] for row in rows],
+            bfloat16_sweeps=reduced if any(reduced) else None,
             planned={**record, **measured},
         )
 
@@ -223,30 +229,45 @@ class Planner:
         error = _rms(self._solve(index, self.held_out, strategy) - self.held_out.states[index + 1])
         return Candidate(strategy, error, self._seconds(index, strategy))
 
-    def _jacobi(self, index: int, guess: str, limit: float, worse_than: float) -> list[Candidate]:
+    @property
+    def _reduces(self) -> bool:
+        """Whether bfloat16 sweeps are worth a try on this device."""
+        return not why_not_bfloat16(self.held_out.states[0].device, self._block(0).proj_in.weight.dtype)
+
+    def _jacobi(
+        self, index: int, guess: str, limit: float, worse_than: float = math.inf, bfloat16: int = 0
+    ) -> list[Candidate]:
         """Jacobi with 1, 2, ... sweeps, and with a tolerance per sample, as far as they are faster than `limit`.
 
-        One run serves them all. It ends after the first sweep if that one leaves a mean error above `worse_than`.
+        One run serves them all. It ends after the first sweep if that one leaves a mean error above `worse_than`. With
+        its first `bfloat16` sweeps in bfloat16 it is for tolerances only: elsewhere a fixed number would be too many.
         """
         block, data = self._block(index), self.held_out
         system = FlowSystem(block, data.states[index], data.class_labels, self.guidance)
         exact = block.order(data.states[index + 1])
         tokens, errors, estimates, found, change = first_iterate(system, guess), [], [], [], None
-        one = self._seconds(index, BlockStrategy(1, 1, guess))
+        one, saved = self._seconds(index, BlockStrategy(1, 1, guess)), 0.0
+        if bfloat16:
+            saved = bfloat16 * (2 * one - self._seconds(index, BlockStrategy(1, 2, guess, bfloat16_sweeps=1)))
         for sweeps in range(1, MAX_SWEEPS + 1):
-            before, tokens = tokens, torch.cat([tokens[:, :1], system.update(tokens[:, :-1], 0, None)], dim=1)
+            new = system.update(tokens[:, :-1], 0, None, bfloat16=sweeps <= bfloat16)
+            before, tokens = tokens, torch.cat([tokens[:, :1], new], dim=1)
             errors.append(_rms(tokens - exact))
             last, change = change, _rms(tokens[:, 1:] - before[:, 1:])
             estimates.append(estimated_error(change, last))
             if float(errors[0].mean()) > worse_than:
                 return []
-            if sweeps * one < limit:
+            if not bfloat16 and sweeps * one < limit:
                 found.append(Candidate(BlockStrategy(1, sweeps, guess), errors[-1], sweeps * one))
+            if sweeps > bfloat16 > 0 and float(estimates[-1].max()) <= TOLERANCES[-1]:
+                break
         for tolerance in TOLERANCES:
-            going = (torch.stack(estimates[:-1]) > tolerance).int().cumprod(dim=0).sum(dim=0)
+            unfinished = torch.stack(estimates[:-1]) > tolerance
+            unfinished[:bfloat16] = True
+            going = unfinished.int().cumprod(dim=0).sum(dim=0)
             error = torch.stack(errors).gather(0, going[None]).squeeze(0)
-            seconds = one * float((going + 1.0).mean())
-            strategy = BlockStrategy(1, MAX_SWEEPS, guess, tolerance=tolerance)
+            seconds = one * float((going + 1.0).mean()) - saved
+            strategy = BlockStrategy(1, MAX_SWEEPS, guess, tolerance, bfloat16)
             found.append(Candidate(strategy, error, seconds))
         return found
 
@@ -265,14 +286,19 @@ class Planner:
 
         Args:
             guess: the better of the paper's guesses (by IGM), tried beside the linear one.
-            modules: numbers of modules to try with Gauss-Seidel, from the first of these guesses.
+            modules: numbers of modules to try with Gauss-Seidel, from the first of these guesses, all in float32.
         """
         baseline = self._candidate(index, BlockStrategy())
         guesses = ["linear", guess] if self.model.config.guess_kernel else [guess]
         found = [baseline]
         for name in guesses:
             first = [float(c.errors.mean()) for c in found if c.strategy.sweeps == 1 and c is not baseline]
-            found += self._jacobi(index, name, baseline.seconds, worse_than=min(first, default=math.inf))
+            plain = self._jacobi(index, name, baseline.seconds, worse_than=min(first, default=math.inf))
+            found += plain
+            for sweeps in BFLOAT16_SWEEPS if plain and self._reduces else ():
+                reduced = self._jacobi(index, name, baseline.seconds, bfloat16=sweeps)
+                for each, same in zip(reduced, plain[-len(reduced) :], strict=True):
+                    found.append(replace(each, errors=torch.maximum(each.errors, same.errors)))
         for count in modules:
             if count < self.model.num_tokens:
                 found += self._gauss_seidel(index, guesses[0], count, baseline.seconds)
@@ -307,21 +333,31 @@ class Planner:
         return tokens
 
     def check(self, strategies: tuple[BlockStrategy, ...], data: Calibration | None = None) -> torch.Tensor:
-        """PSNR of every picture against the sequential one, end to end; of the held-out ones without `data`."""
+        """PSNR of every picture against the sequential one, end to end; of the held-out ones without `data`.
+
+        With bfloat16 sweeps the worse of two: where the device makes nothing of them, samples may stop earlier.
+        """
         data = data or self.held_out
+        values, plain = self._psnr(strategies, data), tuple(each.in_float32() for each in strategies)
+        return values if plain == strategies else torch.minimum(values, self._psnr(plain, data))
+
+    def _psnr(self, strategies: tuple[BlockStrategy, ...], data: Calibration) -> torch.Tensor:
         tokens = self._invert(strategies, data, 1 if strategies[0] == BlockStrategy() else 0)
         return psnr(self.model.unpatchify(tokens), self.model.unpatchify(data.states[-1]))
 
     def fixed_strategies(
-        self, name: str, guesses: list[str], target_psnr: float
+        self, name: str, guesses: list[str], target_psnr: float, bfloat16: bool = False
     ) -> list[tuple[tuple[BlockStrategy, ...], dict]]:
         """The first sampled block sequential, the others M sweeps from their `guesses`, for M = 1, 2, ...
 
-        The last one is the first that reaches the target. Those that miss it on a few pictures are measured on these.
+        The last row is the first that reaches the target. Those that miss it on a few pictures are measured on these.
+        With `bfloat16` all sweeps but a block's last one run in bfloat16.
         """
         rows = []
         for sweeps in range(1, MAX_SWEEPS + 1):
-            strategies = (BlockStrategy(), *[BlockStrategy(1, sweeps, guess) for guess in guesses[1:]])
+            reduced = sweeps - 1 if bfloat16 else 0
+            solved = (BlockStrategy(1, sweeps, guess, bfloat16_sweeps=reduced) for guess in guesses[1:])
+            strategies = (BlockStrategy(), *solved)
             values = self.check(strategies, self.held_out.rows(slice(0, FEW)))
             if float(values.min()) >= target_psnr:
                 values = self.check(strategies)
@@ -391,6 +427,9 @@ class Planner:
         strategies, values = self.search(table, gains, target_psnr, max_seconds)
         kinds = {"paper": guesses} | ({"linear": ["linear"] * len(gains)} if self.model.config.guess_kernel else {})
         fixed = [self.fixed_strategies(name, kind, target_psnr) for name, kind in kinds.items()]
+        if self._reduces:
+            name, kind = list(kinds.items())[-1]
+            fixed.append(self.fixed_strategies(f"{name}, bfloat16", kind, target_psnr, bfloat16=True))
         plain = (BlockStrategy(),) * len(gains)
         sequential, seconds, *others = self.race([plain, strategies, *(rows[-1][0] for rows in fixed)])
         for spent, rows in zip(others, fixed, strict=True):

@@ -1,7 +1,7 @@
 """How a TarFlow block is solved and how a flow is guided: plain data for scheduler, planner and pipeline."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GUESSES = ("latent", "zero", "linear")
 
@@ -44,12 +44,15 @@ class BlockStrategy:
             prediction of x from z, see `TarFlowBlock.initial_guess`).
         tolerance: estimated root mean square error at which a sample leaves a module; negative for a fixed number of
             sweeps.
+        bfloat16_sweeps: the first sweeps of every module that run the network in bfloat16 where the device has units
+            for it (an addition of ours to the paper). Fewer than `sweeps`: the last sweep is in float32.
     """
 
     modules: int = 0
     sweeps: int = 1
     guess: str = "latent"
     tolerance: float = -1.0
+    bfloat16_sweeps: int = 0
 
     def __post_init__(self) -> None:
         if self.modules < 0 or self.sweeps < 1:
@@ -58,6 +61,16 @@ class BlockStrategy:
             raise ValueError(f"guess must be one of {', '.join(GUESSES)}, got {self.guess!r}")
         if math.isnan(self.tolerance):
             raise ValueError("a block's tolerance must be a number, got nan")
+        most = self.sweeps - 1 if self.modules else 0
+        if not 0 <= self.bfloat16_sweeps <= most:
+            raise ValueError(
+                f"bfloat16_sweeps must be between 0 and {most} (none if sequential, and never the last sweep), "
+                f"got {self.bfloat16_sweeps}"
+            )
+
+    def in_float32(self) -> "BlockStrategy":
+        """How it runs on a device that gains nothing by bfloat16: samples may stop after a first sweep there."""
+        return replace(self, bfloat16_sweeps=0)
 
     def is_sequential(self, tokens: int) -> bool:
         return self.modules == 0 or self.modules >= tokens

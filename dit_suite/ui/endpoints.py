@@ -37,7 +37,7 @@ def run_request(
     paths: list[str] = []
     for event in engine.run(job, int(count), StopFlag()):
         if isinstance(event, Progress):
-            progress((event.step, event.num_steps), desc=f"{event.finished + 1} of {event.count}")
+            progress(event.fraction, desc=f"{event.finished + 1} of {event.count}")
         elif isinstance(event, Finished):
             paths.append(str(event.path))
         yield paths, info | {"finished": len(paths)}

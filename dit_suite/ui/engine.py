@@ -31,13 +31,27 @@ HEARTBEAT_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: finished samples, steps of the present one, and perhaps a preview of it."""
+    """Where a run stands: finished samples, steps of the present one, and perhaps a preview of it.
+
+    `calls` of `num_calls` network calls of the present sample are made, where the pipeline counts them within a step.
+    """
 
     finished: int
     count: int
     step: int
     num_steps: int
     preview: Image.Image | None = None
+    calls: int = 0
+    num_calls: int = 0
+
+    @property
+    def fraction(self) -> tuple[int, int]:
+        """What a progress bar shows: the calls of the sample if they are counted, else its steps; done and all."""
+        return (self.calls, self.num_calls) if self.num_calls else (self.step, self.num_steps)
+
+    def __str__(self) -> str:
+        text = f"Sample {self.finished + 1} of {self.count}: step {self.step} of {self.num_steps}"
+        return f"{text}, network call {self.calls} of {self.num_calls}" if self.num_calls else text
 
 
 @dataclass(frozen=True)
@@ -265,10 +279,19 @@ class Engine:
     def _sample(
         self, pipe: Any, job: SamplingJob, index: int, count: int, stop: StopFlag, events: queue.Queue
     ) -> np.ndarray:
-        shown = time.monotonic()
+        shown = told = time.monotonic()
+        steps, calls = 0, (0, 0)
+
+        def on_call(pipe: Any, done: int, total: int) -> None:
+            nonlocal told, calls
+            calls = (done, total)
+            if not stop.is_set() and time.monotonic() - told > PREVIEW_SECONDS:
+                told = time.monotonic()
+                events.put(Progress(index, count, steps, pipe.num_timesteps, None, *calls))
 
         def on_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            nonlocal shown
+            nonlocal shown, steps
+            steps = step + 1
             if stop.is_set():
                 pipe._interrupt = True
                 return {}
@@ -276,7 +299,7 @@ class Engine:
             if time.monotonic() - shown > PREVIEW_SECONDS:
                 shown = time.monotonic()
                 preview = _preview(pipe, tensors.get("latents"))
-            events.put(Progress(index, count, step + 1, pipe.num_timesteps, preview))
+            events.put(Progress(index, count, steps, pipe.num_timesteps, preview, *calls))
             return {}
 
         def interrupt() -> None:
@@ -285,7 +308,7 @@ class Engine:
         if stop.is_set():
             return np.empty(0)
         with stop.calling(interrupt):
-            return sample_batch(pipe, job, [index], on_step=on_step)[0]
+            return sample_batch(pipe, job, [index], on_step=on_step, on_call=on_call)[0]
 
 
 def _next_event(events: queue.Queue) -> Any:

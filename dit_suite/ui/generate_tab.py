@@ -135,9 +135,8 @@ class GenerateTab:
                 elif isinstance(event, Stopped):
                     yield paths, None, f"Stopped; {event.finished} finished kept.", job.seed
                 elif isinstance(event, Progress):
-                    progress((event.step, event.num_steps), desc=f"{event.finished + 1} of {event.count}")
-                    text = f"Sample {event.finished + 1} of {event.count}: step {event.step} of {event.num_steps}"
-                    yield gr.skip(), event.preview or gr.skip(), text, job.seed
+                    progress(event.fraction, desc=f"{event.finished + 1} of {event.count}")
+                    yield gr.skip(), event.preview or gr.skip(), str(event), job.seed
                 else:
                     yield (gr.skip(),) * 4
         except (ValueError, FileNotFoundError, RuntimeError) as error:

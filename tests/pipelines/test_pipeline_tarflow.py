@@ -160,6 +160,18 @@ def test_progress_counts_network_calls(capsys):
     assert "60/60" in capsys.readouterr().err
 
 
+def test_network_calls_are_reported_within_blocks():
+    """8 tokens, 3 sweeps, 3 modules of 2 sweeps. What early stopping saves counts as done."""
+    pipe, seen, blocks = tiny_pipe(), [], []
+    given = {"callback_on_network_call": lambda p, done, total: seen.append((p is pipe, done, total))}
+    given["callback_on_step_end"] = lambda p, number, block, tensors: blocks.append(len(seen)) or {}
+    pipe([0], denoise_strength=0.0, **given)
+    assert seen == [(True, done, 17) for done in range(1, 18)] and blocks == [8, 11, 17]
+    seen.clear()
+    pipe([0], strategy="jacobi", sweeps=20, tolerance=1e9, **given)
+    assert [done for _, done, _ in seen] == [1, 20, 21, 40, 41, 60] and seen[-1][2] == 60
+
+
 def test_labels_by_name_and_unconditional_models():
     pipe = tiny_pipe()
     generators = sample_generators(4, [0])
@@ -193,6 +205,7 @@ def test_given_latents():
         ({"strategy": "fast"}, "strategy must be one of"),
         ({"sweeps": 0}, "at least 1"),
         ({"tolerance": -1.0}, "tolerance"),
+        ({"bfloat16_sweeps": -1}, "bfloat16_sweeps must be at least 0"),
         ({"guess": "best"}, "guess must be one of latent, zero, linear"),
         ({"guess": "linear", "strategy": "jacobi"}, "guess_kernel is 0"),
         ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1"),

@@ -66,7 +66,8 @@ def watch(folder, condition, output, monkeypatch, **options) -> tuple[list[np.nd
     runner = KeepingEngine(output, PUBLIC_LIMITS)
     events = list(runner.run(make_job(str(folder), condition, chosen, 0), 1, StopFlag()))
     assert any(isinstance(event, Finished) for event in events)
-    return [np.asarray(event.preview).astype(int) for event in events if isinstance(event, Progress)], runner.sample
+    previews = [event.preview for event in events if isinstance(event, Progress) and event.preview is not None]
+    return [np.asarray(preview).astype(int) for preview in previews], runner.sample
 
 
 def test_acdit_appears_block_by_block(tmp_path, monkeypatch):
@@ -120,6 +121,18 @@ def test_a_flow_shows_its_blocks(tmp_path, monkeypatch):
     assert len(previews) == 3
     assert np.abs(previews[-1] - sample).max() <= 1
     assert all(np.abs(preview - sample).max() > 5 for preview in previews[:-1])
+
+
+def test_progress_of_a_flow_moves_within_its_blocks(tmp_path, monkeypatch):
+    """8 calls of the network, then 3 sweeps, then 3 modules of 2 sweeps; a step is a block."""
+    monkeypatch.setattr(engine, "PREVIEW_SECONDS", -1.0)
+    runner = Engine(tmp_path, PUBLIC_LIMITS)
+    job = tarflow_job(save_tarflow(tmp_path / "m"), denoise_strength=0.0)
+    events = [event for event in runner.run(job, 1, StopFlag()) if isinstance(event, Progress)]
+    calls = [*range(1, 9), 8, *range(9, 12), 11, *range(12, 18), 17]
+    assert [event.fraction for event in events] == [(call, 17) for call in calls]
+    assert [event.step for event in events] == [0] * 8 + [1] * 4 + [2] * 7 + [3]
+    assert str(events[2]) == "Sample 1 of 1: step 0 of 3, network call 3 of 17"
 
 
 def test_stop_ends_a_flow_within_a_block(tmp_path):
