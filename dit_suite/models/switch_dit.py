@@ -127,8 +127,8 @@ class TimestepRouter(nn.Module):
         return weight.unflatten(1, self.expert_weight.shape[1:]), gates @ self.expert_bias
 
     def merge_chosen(self, probabilities: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`merge` for the probabilities of one row: `(1, D, D)` and `(1, D)`. Only the chosen experts are read; at S/2
-        all of them are 21 MB, and reading is most of the work."""
+        """`merge` for the probabilities of one row: `(1, D, D)` and `(1, D)`. Only the chosen experts are read; all
+        of them are 21 MB at S/2."""
         chosen = sorted(range(len(probabilities)), key=lambda expert: -probabilities[expert])[: self.num_active]
         merged = []
         for experts in (self.expert_weight, self.expert_bias):
@@ -263,7 +263,7 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
 
     def expert_plan(self, timestep: torch.Tensor, time_embedding: torch.Tensor) -> MergedExperts | None:
         """The merged experts of all layers where the batch is at one timestep, kept for later passes at it. They are
-        merged in a row: between the large products of the blocks the small operations of a router run at half speed.
+        merged in a row: between the large products of the blocks the small operations of a router take longer.
         Without a common timestep an empty dict: `mixture` merges layer by layer. None asks for the grouped path of
         training."""
         if not self.routers or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
