@@ -196,10 +196,17 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
         return total / mass
 
     def predict(
-        self, plan: StepPlan, step: PlannedStep, latents: torch.Tensor, class_labels: torch.Tensor, canvas: str
+        self,
+        plan: StepPlan,
+        step: PlannedStep,
+        latents: torch.Tensor,
+        class_labels: torch.Tensor,
+        canvas: str,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """The guided raw prediction of one evaluation, `(B, C, H, W)`. The plan says where the chain stops."""
-        scaled = self.scheduler.scale_model_input(latents).to(self.transformer.dtype)
+        """The guided raw prediction of one evaluation, `(B, C, H, W)`. The plan says where the chain stops; `dtype` is
+        the network's, which takes longer to ask for than a scheduler's step."""
+        scaled = self.scheduler.scale_model_input(latents).to(dtype)
         timestep = self.scheduler.model_timestep()
         null = torch.full_like(class_labels, self.num_classes)
         labels = {
@@ -304,13 +311,14 @@ class LegoPipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, Diffusion
         plan = plan.with_extras({step: stop for step in skipped_steps(num_inference_steps, t_break, direction)})
         self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(shape, device, generator, latents)
+        dtype = self.transformer.dtype
 
         with self.progress_bar(total=plan.num_steps) as progress_bar:
             for index, (timestep, step) in enumerate(zip(timesteps, plan.steps, strict=True)):
                 if self.interrupt:
                     continue
                 latents = self.scheduler.churn(latents, generator, s_churn)
-                prediction = self.predict(plan, step, latents, class_labels, canvas)
+                prediction = self.predict(plan, step, latents, class_labels, canvas, dtype)
                 latents = self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
                 latents, class_labels = self.after_step(
                     callback_on_step_end, index, timestep, callback_inputs, latents=latents, class_labels=class_labels

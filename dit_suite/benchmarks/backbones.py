@@ -29,8 +29,12 @@ GIGA = 1e9
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
     parser.add_argument("--parts", nargs="+", choices=(*UNTRAINED, "trained"), default=list(UNTRAINED))
-    parser.add_argument("--pixels", type=int, nargs="+", default=[256, 512, 1024, 2048], help="sides, for FLOPs")
-    parser.add_argument("--timed-pixels", type=int, nargs="*", default=[256, 512, 1024], help="sides that are timed")
+    parser.add_argument(
+        "--pixels", type=int, nargs="+", default=[256, 512, 640, 768, 1024, 2048], help="sides, for FLOPs"
+    )
+    parser.add_argument(
+        "--timed-pixels", type=int, nargs="*", default=[256, 512, 640, 768, 1024], help="sides that are timed"
+    )
     parser.add_argument("--heads", type=int, default=6, help="heads of the text networks (6 x 48: the S-Class model)")
     parser.add_argument("--head-dim", type=int, default=48, help="features per head of the text networks")
     parser.add_argument("--layers", type=int, default=2, help="blocks of the text networks")
@@ -231,9 +235,13 @@ def class_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def lego_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The 64 px preset's chain by `t_break` against a DiT of the same width, depth, token size and evaluations."""
+    """The 64 px preset's chain by `t_break` against a DiT of the same width, depth, token size and evaluations.
+    `speedup` compares whole pipelines, LEGO's with the DiT's; `network_speedup` the bare passes of both."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     from dit_suite.models.lego import LegoTransformer2DModel
     from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
+    from dit_suite.pipelines.pipeline_class_to_image import ClassToImagePipeline
     from dit_suite.pipelines.pipeline_lego import LegoPipeline, skipped_steps
     from dit_suite.schedulers.edm_heun import EDMHeunScheduler
 
@@ -255,19 +263,34 @@ def lego_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     with torch.device(args.device):
         twin = SwitchDiTTransformer2DModel(**heads, **dit).eval()
         step = class_call(twin, 64, batch)
-        pipe = LegoPipeline(LegoTransformer2DModel(**heads, **bricks).eval(), EDMHeunScheduler())
-    pipe.set_progress_bar_config(disable=True)
+        chain = LegoTransformer2DModel(**heads, **bricks).eval()
+        picture, level, label = torch.zeros(batch, 3, 64, 64), torch.zeros(1), torch.zeros(batch, dtype=torch.long)
+    twin_pipe = ClassToImagePipeline(twin, FlowMatchEulerDiscreteScheduler())
+    pipe = LegoPipeline(chain, EDMHeunScheduler())
+    for each in (twin_pipe, pipe):
+        each.set_progress_bar_config(disable=True)
+    common = {"guidance_scale": 1.0, "output_type": "latent"}
+
+    def shortened(t_break: float) -> int:
+        """Evaluations without the last brick."""
+        late = skipped_steps(steps, t_break, "late")
+        return 2 * len(late) - (1 if late else 0)
 
     def sample(t_break: float) -> Callable[[], Any]:
-        return lambda: pipe([0], num_inference_steps=steps, guidance_scale=1.0, t_break=t_break, output_type="latent")
+        return lambda: pipe([0], num_inference_steps=steps, t_break=t_break, **common)
+
+    def passes(t_break: float) -> Callable[[], Any]:
+        stops = [None] * (evaluations - shortened(t_break)) + [1] * shortened(t_break)
+        return lambda: [chain(picture, level, label, stop_after=stop, return_dict=False) for stop in stops]
 
     breaks = (0.0, 0.25, 0.5, 0.75, 1.0)
-    calls = [lambda: [step() for _ in range(evaluations)], *(sample(t_break) for t_break in breaks)]
-    dit_times, *lego_times = interleaved(calls, args.pairs, args.device)
+    calls = [lambda: twin_pipe([0], num_inference_steps=evaluations, **common), *(sample(t) for t in breaks)]
+    calls += [lambda: [step() for _ in range(evaluations)], *(passes(t) for t in breaks)]
+    every = interleaved(calls, args.pairs, args.device)
+    (dit_times, *lego_times), (dit_passes, *lego_passes) = every[: len(every) // 2], every[len(every) // 2 :]
     rows = []
-    for t_break, times in zip(breaks, lego_times, strict=True):
-        late = skipped_steps(steps, t_break, "late")
-        truncated = 2 * len(late) - (1 if late else 0)
+    for t_break, times, network in zip(breaks, lego_times, lego_passes, strict=True):
+        truncated = shortened(t_break)
         flops = (evaluations - truncated) * full + truncated * short
         rows.append(
             {
@@ -281,6 +304,7 @@ def lego_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "total_percent": 100 * flops / (evaluations * dense),
                 **summary(dit_times, times),
                 "speedup_to_unskipped": ratio(lego_times[0], times, 0),
+                **{f"network_{name}": value for name, value in summary(dit_passes, network).items()},
                 "last_brick_percent": 100 * (1 - short / full),
             }
         )

@@ -42,6 +42,8 @@ def to_windows(tokens: torch.Tensor, grid: tuple[int, int, int], window: tuple[i
     Windows are ordered (frame, row, column) row-major and so are the tokens inside a window. The exact inverse is
     `from_windows` with the same arguments.
     """
+    if window == grid:
+        return tokens
     (f, h, w), (pf, ph, pw) = grid, window
     batch, _, dim = tokens.shape
     x = tokens.reshape(batch, f // pf, pf, h // ph, ph, w // pw, pw, dim)
@@ -50,6 +52,8 @@ def to_windows(tokens: torch.Tensor, grid: tuple[int, int, int], window: tuple[i
 
 def from_windows(tokens: torch.Tensor, grid: tuple[int, int, int], window: tuple[int, int, int]) -> torch.Tensor:
     """Window-major tokens `(batch, f*h*w, dim)` back to row-major order."""
+    if window == grid:
+        return tokens
     (f, h, w), (pf, ph, pw) = grid, window
     batch, _, dim = tokens.shape
     x = tokens.reshape(batch, f // pf, h // ph, w // pw, pf, ph, pw, dim)

@@ -132,7 +132,7 @@ class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LegoBrick"]
     _repeated_blocks = ["AdaLNZeroBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "time_embed"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "places", "norm", "time_embed"]
 
     @register_to_config
     def __init__(
@@ -173,6 +173,7 @@ class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
                 zip(brick_sizes, patch_sizes, brick_depths, strict=True)
             )
         )
+        self.register_buffer("places", self.coordinates(sample_size, sample_size), persistent=False)
         self.gradient_checkpointing = False
         init_dit_weights(self)
         if self.label_embed is not None:
@@ -189,12 +190,12 @@ class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
             return "early"
         return None
 
-    def coordinates(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-        """Row and column of every pixel of the whole canvas in [-1, 1]: `(2, height, width)`."""
-        axes = [torch.arange(n, device=like.device, dtype=torch.float32) / max(n - 1, 1) for n in (height, width)]
+    @staticmethod
+    def coordinates(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+        """Row and column of every pixel of the whole canvas in [-1, 1]: `(2, height, width)`, float32."""
+        axes = [torch.arange(n, device=device, dtype=torch.float32) / max(n - 1, 1) for n in (height, width)]
         row, column = (2 * (axis - 0.5) for axis in axes)
-        stacked = torch.stack([row[:, None].expand(height, width), column[None].expand(height, width)])
-        return stacked.to(like.dtype)
+        return torch.stack([row[:, None].expand(height, width), column[None].expand(height, width)])
 
     def check_canvas(self, height: int, width: int) -> None:
         """Raises `ValueError` naming the accepted sizes when bricks do not tile a canvas of this many pixels."""
@@ -267,12 +268,14 @@ class LegoTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapte
         conditioning = self.time_embed(timestep.reshape(-1)).expand(batch, -1)
         if self.label_embed is not None:
             conditioning = conditioning + self.embed_labels(class_labels, batch, conditioning)
-        places = self.coordinates(height, width, hidden_states).expand(batch, -1, -1, -1)
-        picture = torch.cat([hidden_states, places], dim=1)
+        places = self.places
+        if places.shape[1:] != (height, width):
+            places = self.coordinates(height, width, hidden_states.device)
+        picture = [hidden_states, places.to(hidden_states).expand(batch, -1, -1, -1)]
         predictions = []
-        previous = torch.zeros_like(hidden_states)
+        previous = torch.zeros_like(hidden_states) if chosen[0] else None
         for index in chosen:
-            canvas = torch.cat([previous, picture], dim=1) if index else picture
+            canvas = torch.cat([previous, *picture] if index else picture, dim=1)
             previous = self.bricks[index](canvas, conditioning)
             predictions.append(previous)
         if not return_dict:

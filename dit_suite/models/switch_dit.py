@@ -3,7 +3,7 @@
 A gate sees the timestep only, never the tokens or the class, and picks k of E experts for all tokens of a sample. The
 mixture of experts multiplies what the block's branches read; the residual stream is untouched. Experts are linear, so
 for a given timestep they collapse into one matrix (`TimestepRouter.merge`), which is how sampling runs here: once per
-step and block where the batch is at one timestep (compiled: once per pass).
+step where the batch is at one timestep (compiled: once per pass).
 
 Baselines in the same class: `routing="channels"` is DTR (a fixed window of channels per timestep, no parameters) and
 `routing="none"` is the plain DiT.
@@ -99,6 +99,8 @@ class TimestepRouter(nn.Module):
         expert, see `mix_grouped`), "merged" (one linear layer per row, see `merge`) or "probabilities"."""
         if output == "probabilities":
             return self.probabilities(time_embedding)
+        if output == "merged" and len(time_embedding) == 1 and can_read(time_embedding):
+            return self.merge_chosen(self.probabilities(time_embedding)[0].tolist())
         gates = self.gates(time_embedding)
         return self.merge(gates) if output == "merged" else self.mix_grouped(hidden_states, gates)
 
@@ -123,6 +125,18 @@ class TimestepRouter(nn.Module):
         gates = gates.to(self.expert_weight.dtype)
         weight = gates @ self.expert_weight.flatten(1)
         return weight.unflatten(1, self.expert_weight.shape[1:]), gates @ self.expert_bias
+
+    def merge_chosen(self, probabilities: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`merge` for the probabilities of one row: `(1, D, D)` and `(1, D)`. Only the chosen experts are read; all
+        of them are 21 MB at S/2."""
+        chosen = sorted(range(len(probabilities)), key=lambda expert: -probabilities[expert])[: self.num_active]
+        merged = []
+        for experts in (self.expert_weight, self.expert_bias):
+            total = experts[chosen[0]] * probabilities[chosen[0]]
+            for expert in chosen[1:]:
+                total.add_(experts[expert], alpha=probabilities[expert])
+            merged.append(total[None])
+        return merged[0], merged[1]
 
     def mix_grouped(self, hidden_states: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """The mixture, expert by expert on the samples that chose it: k passes a sample whatever E is. Training uses
@@ -247,19 +261,25 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return (timestep.item() if can_read(timestep) else step.timestep, cast, *weights)
 
-    def expert_plan(self, timestep: torch.Tensor) -> MergedExperts | None:
-        """Where this pass keeps merged experts, by layer: shared by all passes at the one timestep of the batch, or of
-        this pass alone. None asks for the grouped path of training."""
+    def expert_plan(self, timestep: torch.Tensor, time_embedding: torch.Tensor) -> MergedExperts | None:
+        """The merged experts of all layers where the batch is at one timestep, kept for later passes at it. They are
+        merged in a row: between the large products of the blocks the small operations of a router take longer.
+        Without a common timestep an empty dict: `mixture` merges layer by layer. None asks for the grouped path of
+        training."""
         if not self.routers or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
             return None
-        key = self.merged_key(timestep) if len(timestep) == 1 and not torch.compiler.is_compiling() else None
-        if key is None:
+        if len(timestep) > 1:
             return {}
-        if key not in self._merged:
+        key = None if torch.compiler.is_compiling() else self.merged_key(timestep)
+        if key in self._merged:
+            return self._merged[key]
+        if key is not None:
             while len(self._merged) >= self._merged_limit:
                 self._merged.pop(next(iter(self._merged)))
-            self._merged[key] = {}
-        return self._merged[key]
+        plan = {layer: router(time_embedding, output="merged") for layer, router in enumerate(self.routers)}
+        if key is not None:
+            self._merged[key] = plan
+        return plan
 
     def mixture(
         self, layer: int, hidden_states: torch.Tensor, time_embedding: torch.Tensor, plan: MergedExperts | None
@@ -271,7 +291,6 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
             return router(time_embedding.expand(len(hidden_states), -1), hidden_states)
         weight, bias = plan[layer] if layer in plan else router(time_embedding, output="merged")
         if len(weight) == 1:
-            plan[layer] = weight, bias
             flat = hidden_states.flatten(0, 1)
             return torch.addmm(bias[0], flat, weight[0]).reshape(hidden_states.shape)
         return torch.baddbmm(bias[:, None], hidden_states, weight)
@@ -327,7 +346,7 @@ class SwitchDiTTransformer2DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftA
         tokens = tokens + positions.to(tokens.dtype)
         timestep = common_level(timestep.reshape(-1))
         time_embedding = self.time_embed(timestep)
-        plan = self.expert_plan(timestep)
+        plan = self.expert_plan(timestep, time_embedding)
         conditioning = time_embedding + self.label_embed(class_labels, force_drop_ids)
         conditioning = conditioning.expand(tokens.shape[0], -1)
         for layer in range(len(self.transformer_blocks)):

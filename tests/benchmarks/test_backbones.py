@@ -1,6 +1,7 @@
 """The backbones benchmark: its counts are the paper's, its clock is fair."""
 
 import argparse
+from importlib import import_module
 
 import pytest
 import torch
@@ -85,3 +86,32 @@ def test_one_switch_row(monkeypatch):
         32.87, abs=0.01
     )
     assert row["overhead_percent"] == pytest.approx(100 / 0.9 - 100)
+
+
+def test_lego_rows_compare_pipelines_with_pipelines_and_passes_with_passes(monkeypatch):
+    """Twice the DiT, then LEGO by t_break; all sides make 15 evaluations, and 7 leave out the last brick at 0.5."""
+    ran = []
+
+    def stub(calls, pairs, device):
+        watched = []
+        for name in ("SwitchDiTTransformer2DModel", "LegoTransformer2DModel"):
+            module = "switch_dit" if name.startswith("Switch") else "lego"
+            kind = getattr(import_module(f"dit_suite.models.{module}"), name)
+            monkeypatch.setattr(
+                kind, "forward", lambda self, x, *_, **given: watched.append(given.get("stop_after")) or (x,)
+            )
+        for call in calls:
+            watched.clear()
+            call()
+            ran.append((len(watched), watched.count(1)))
+        return [[(float(1 + place), 1.0)] for place in range(len(calls))]
+
+    monkeypatch.setattr(backbones, "interleaved", stub)
+    with torch.no_grad():
+        rows = backbones.lego_rows(options())
+    assert ran == 2 * [(15, 0), (15, 0), (15, 3), (15, 7), (15, 11), (15, 15)]
+    assert [row["speedup"] for row in rows] == [1 / (2 + k) for k in range(5)]
+    assert [row["network_speedup"] for row in rows] == [7 / (8 + k) for k in range(5)]
+    assert rows[0]["last_brick_percent"] == pytest.approx(82, abs=0.5)
+    left = (8 + 7 * (1 - rows[0]["last_brick_percent"] / 100)) / 15
+    assert rows[2]["total_percent"] == pytest.approx(left * rows[0]["total_percent"])

@@ -35,6 +35,21 @@ def test_borders_of_a_run_are_those_of_its_steps():
     assert seam_ratio(pictures, *borders(160, 64, 16)) < 1.25, "the columns of the first step miss it"
 
 
+def test_borders_of_drifting_windows_worked_by_hand():
+    """24 columns, windows of 16, patches of 4: windows begin at 0, 8; then 0, 3, 8; then 0, 6, 8. The starts are those
+    of the windows that the pipeline hands to the network, which show their first column here."""
+    seams, inside = canvas_borders(24, 16, 4, "drift", 3)
+    assert seams == [8, 16] + [3, 8, 16, 19] + [6, 8, 16, 22]
+    assert inside == [4, 12, 20] + [4, 7, 11, 12, 15, 20] + [4, 10, 12, 14, 18, 20]
+    shape = {"brick_sizes": (4, 16), "patch_sizes": (2, 4), "brick_depths": (1, 1), "num_classes": 2}
+    network = LegoTransformer2DModel(sample_size=16, num_attention_heads=2, attention_head_dim=8, **shape)
+    pipe, begun = LegoPipeline(network, EDMHeunScheduler()), []
+    network.forward = lambda windows, *_, **__: begun.append(windows[:, 0, 0, 0].tolist()) or (windows,)
+    for step in range(3):
+        pipe.run_network(torch.arange(24.0).expand(1, 3, 16, 24), 0.0, torch.tensor([1]), "drift", None, step)
+    assert begun == [[0, 8], [0, 3, 8], [0, 6, 8]]
+
+
 def test_the_seam_ratio_sees_a_seam_and_only_a_seam():
     generator = np.random.default_rng(0)
     pictures = generator.integers(100, 110, (8, 16, 160, 3)).astype(np.uint8)

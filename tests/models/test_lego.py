@@ -99,7 +99,7 @@ def test_skipped_bricks_pass_the_prediction_on():
     assert calls == [4, 4, 3] and len(headless) == 2
     x, t, y = inputs()
     conditioning = model.time_embed(t) + model.embed_labels(y, 2, x)
-    canvas = torch.cat([torch.zeros_like(x), x, model.coordinates(16, 16, x).expand(2, -1, -1, -1)], dim=1)
+    canvas = torch.cat([torch.zeros_like(x), x, model.coordinates(16, 16).expand(2, -1, -1, -1)], dim=1)
     assert torch.equal(model.bricks[1](canvas, conditioning), headless[0])
     for wrong, message in (
         ({"active_bricks": (False, False, False)}, "at least one brick"),
@@ -134,10 +134,9 @@ def test_larger_canvases_are_their_blocks_with_global_coordinates():
     model = tiny()
     x, t, y = inputs(32, 48)
     whole = model(x, t, y).sample
-    original = model.coordinates
-    model.coordinates = lambda height, width, like: original(32, 48, like)[:, 16:, 32:]
+    model.places = model.coordinates(32, 48)[:, 16:, 32:]
     block = model(x[:, :, 16:, 32:], t, y).sample
-    del model.coordinates
+    model.places = model.coordinates(16, 16)
     torch.testing.assert_close(block, whole[:, :, 16:, 32:], atol=1e-5, rtol=0)
 
     def products(height: int, width: int) -> int:
@@ -165,7 +164,7 @@ def test_one_brick_of_the_whole_canvas_is_a_dit_with_coordinate_channels():
     for ours, theirs in zip(dit.final_layer.linear.parameters(), brick.final_layer.linear.parameters(), strict=True):
         ours.unflatten(0, (16, 5))[:, :3] = theirs.unflatten(0, (16, 3))
     x, t, y = inputs()
-    places = model.coordinates(16, 16, x).expand(2, -1, -1, -1)
+    places = model.coordinates(16, 16).expand(2, -1, -1, -1)
     wanted = dit(torch.cat([x, places], dim=1), t, y).sample[:, :3]
     torch.testing.assert_close(model(x, t, y).sample, wanted, atol=1e-5, rtol=0)
     torch.testing.assert_close(model(x, t).sample, dit(torch.cat([x, places], 1), t, y * 0 + 5).sample[:, :3])

@@ -121,6 +121,22 @@ def test_grouped_merged_and_common_timestep_paths_agree():
         torch.testing.assert_close(model(x, torch.tensor(300), y).sample, fast, atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize("experts,active", [(1, 1), (3, 1), (3, 2), (5, 3)])
+@torch.no_grad()
+def test_merging_the_chosen_experts_is_merging_all_by_their_gates(experts, active):
+    router = tiny(num_experts=experts, experts_per_timestep=active).routers[0]
+    embedding = 5 * torch.randn(6, 32, generator=torch.Generator().manual_seed(4))
+    weights, biases = router(embedding, output="merged")
+    assert (router.gates(embedding) > 0).sum(1).tolist() == [active] * 6
+    for row in range(6):
+        weight, bias = router(embedding[row : row + 1], output="merged")
+        assert weight.shape == (1, 32, 32) and bias.shape == (1, 32)
+        torch.testing.assert_close(weight[0], weights[row], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(bias[0], biases[row], atol=1e-6, rtol=1e-6)
+    equal = router.merge_chosen([1 / experts] * experts)[0][0]
+    torch.testing.assert_close(equal, router.expert_weight[:active].sum(0) / experts)
+
+
 def test_training_under_autocast():
     """The presets train in bfloat16: experts, gates and the residual stream meet in different types."""
     model = tiny().train()
@@ -135,8 +151,10 @@ def test_training_under_autocast():
 def test_merged_experts_are_reused_per_timestep_and_renewed_with_the_weights(monkeypatch):
     model = tiny()
     calls = []
-    merge = type(model.routers[0]).merge
-    monkeypatch.setattr(type(model.routers[0]), "merge", lambda self, gates: calls.append(1) or merge(self, gates))
+    merge = switch_dit.TimestepRouter.merge_chosen
+    monkeypatch.setattr(
+        switch_dit.TimestepRouter, "merge_chosen", lambda self, row: calls.append(1) or merge(self, row)
+    )
     x, t, y = inputs((300, 300, 300))
     with torch.no_grad():
         first = model(x, t, y).sample
@@ -252,7 +270,7 @@ def test_routing_depends_on_the_timestep_only():
     gates = model.routers[0].gates(embedding)
     assert torch.equal(gates[0], gates[1]) and not torch.equal(gates[0], gates[2])
     with torch.no_grad():
-        plain = model.mixture(0, torch.ones(3, 4, 32), embedding, model.expert_plan(t))
+        plain = model.mixture(0, torch.ones(3, 4, 32), embedding, model.expert_plan(t, embedding))
         assert torch.equal(plain[0], plain[1])
 
 
@@ -272,7 +290,7 @@ def test_the_mask_reaches_the_branches_and_not_the_residual():
         x = torch.randn(3, 16, 32)
         _, t, _ = inputs()
         embedding = model.time_embed(t)
-        out = model.run_block(0, x, embedding, embedding, t, model.expert_plan(t))
+        out = model.run_block(0, x, embedding, embedding, t, model.expert_plan(t, embedding))
         torch.testing.assert_close(out, x, atol=1e-6, rtol=0)
 
 
