@@ -55,14 +55,12 @@ class CacheUnit:
         modules: the module, or for a stack all its blocks in order.
         kind: "sa", "ca", "ffn", "block" or "stack".
         layer: depth of the block it belongs to (the first block for a stack).
-        parallel: attention and feed-forward run side by side inside this unit's block.
     """
 
     name: str
     modules: tuple[nn.Module, ...] = field(repr=False)
     kind: str
     layer: int
-    parallel: bool = False
 
 
 def _is_attention(module: nn.Module) -> bool:

@@ -225,8 +225,7 @@ def _unit_steps(
     info = [profile.units[u] for u in units]
     selected = rank_blocks([u.error for u in info], chosen)
     if config.schedule == "per_block" and selected:
-        kinds, layers, parallel = [u.kind for u in info], [u.layer for u in info], [u.parallel for u in info]
-        steps = bubbling_union(steps, kinds, layers, selected, parallel)
+        steps = bubbling_union(steps, [u.kind for u in info], [u.layer for u in info], selected)
     if config.update_last:
         steps = [sorted({*s, count - 1}) for s in steps]
     return [list(s) for s in steps], selected

@@ -65,7 +65,6 @@ class UnitInfo:
     name: str
     kind: str
     layer: int
-    parallel: bool
     flops: float
     error: float
 
@@ -220,11 +219,12 @@ class SimilarityProfile:
                 facts = json.loads((file.metadata() or {})["profile"])
                 names = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
+            wanted = [f.name for f in dataclasses.fields(UnitInfo)]
+            facts["units"] = tuple(UnitInfo(**{name: unit[name] for name in wanted}) for unit in facts["units"])
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path.name} is not a BAC profile: {error!r}") from error
         if facts.pop("format", None) != FORMAT:
             raise ValueError(f"{path.name} is not a {FORMAT} file")
-        facts["units"] = tuple(UnitInfo(**unit) for unit in facts["units"])
         facts["positions"] = tuple((int(step), int(evaluation)) for step, evaluation in facts["positions"])
         facts["timesteps"] = tuple(facts["timesteps"])
         facts["quality"] = tuple(facts["quality"])
