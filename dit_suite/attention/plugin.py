@@ -340,11 +340,14 @@ class SparseAttentionHandle:
 
 
 def _check_free(model: torch.nn.Module) -> None:
-    """Refuses (`ValueError`) a model whose layout is unknown, and one that already has a sparse plug-in."""
-    if not self_attention_layers(model):
+    """Refuses (`ValueError`) a model whose layout is unknown or that has no self-attention (a graft exchanged it), and
+    one that already has a sparse plug-in."""
+    if rule_for(model) is None:
         raise ValueError(
             f"the token layout of {type(model).__name__} is not known to the plug-in (see dit_suite.attention.layouts)"
         )
+    if not self_attention_layers(model):
+        raise ValueError(f"this {type(model).__name__} has no self-attention that could become sparse")
     if "timestep" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(f"{type(model).__name__}.forward takes no timestep")
     for module in model.modules():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dit_suite.caching.bac import apply_bac
-from dit_suite.caching.block_probe import find_units
+from dit_suite.caching.block_probe import StreamLayout, find_units, stream_layout
 from dit_suite.caching.plan import BACConfig, build_schedule
 from dit_suite.caching.recorder import FlopMeter, ProfileRecorder
 from dit_suite.checkpoints import load_pipeline
@@ -63,6 +63,7 @@ def test_a_pair_of_pixart_blocks_adds_both_increments() -> None:
     model, calls = tiny_pixart(layers=4), []
     grafted = graft(model, GraftPlan(pairs=((1, 2),)))
     pair = grafted.transformer_blocks[1]
+    assert stream_layout(pair) == StreamLayout(("hidden_states",), (0,))
     pair.register_forward_hook(lambda module, *given: calls.append(given), with_kwargs=True)
     with torch.no_grad():
         tiny_text_to_image(transformer=grafted)("red cat", num_inference_steps=1)
