@@ -15,7 +15,7 @@ from dit_suite.attention.adaspa import AdaSpaConfig
 from dit_suite.attention.calls import AttentionCall
 from dit_suite.attention.layouts import TokenLayout, read_layout, rule_for
 from dit_suite.attention.methods import AdaSpaMethod, StayDense, VMoBAMethod, smallest_useful
-from dit_suite.attention.routes import HOOK_NAME, DispatchRoute, ModuleRoute, dispatches, route_for
+from dit_suite.attention.routes import HOOK_NAME, DispatchRoute, ModuleRoute, route_for
 from dit_suite.attention.vmoba import VMoBAConfig
 from dit_suite.schedulers.root_hook import attach_root_hook, remove_diffusers_hook
 
@@ -80,6 +80,9 @@ def supported(model: torch.nn.Module) -> list[LayerSupport]:
 
     Args:
         model: a diffusers transformer, or a pipeline that has one.
+
+    Raises:
+        ValueError: it is neither.
     """
     rows = []
     for transformer in _transformers(model):
@@ -92,8 +95,7 @@ def supported(model: torch.nn.Module) -> list[LayerSupport]:
             elif not rule.matches(name):
                 reason = "not a self-attention over the video tokens"
             else:
-                route = "dispatcher" if dispatches(module) else "module"
-                rows.append(LayerSupport(name, True, route, f"text {rule.text} in the sequence"))
+                rows.append(LayerSupport(name, True, route_for(module).kind, f"text {rule.text} in the sequence"))
                 continue
             rows.append(LayerSupport(name, False, "none", reason))
     return rows

@@ -54,10 +54,7 @@ def _to_pools(gate: torch.Tensor, pool: str) -> tuple[torch.Tensor, Callable[[to
         return gate.transpose(-1, -2), lambda mask: mask.transpose(-1, -2)
     if pool == "head_global":
         return gate.flatten(2), lambda mask: mask.view(batch, heads, blocks, tokens)
-    if pool == "overall":
-        flat = gate.transpose(1, 2).flatten(1)
-        return flat, lambda mask: mask.view(batch, blocks, heads, tokens).transpose(1, 2)
-    flat = gate.transpose(1, 2).flatten(2)
+    flat = gate.transpose(1, 2).flatten(1 if pool == "overall" else 2)
     return flat, lambda mask: mask.view(batch, blocks, heads, tokens).transpose(1, 2)
 
 
@@ -145,7 +142,14 @@ def select_threshold(gate: torch.Tensor, own: torch.Tensor, tau: float, pool: st
         gate: `(batch, heads, blocks, tokens)`.
         own: bool `(blocks, tokens)`.
         tau: share of the pool's similarity, own blocks' share counted first.
-        pool: what is normalised and sorted together, within one sample.
+        pool: what is normalised and sorted together, within one sample: the blocks of a query ("query_head"), a head
+            ("head_global"), a block over all heads ("block") or everything ("overall").
+
+    Returns:
+        bool mask like `gate`, own blocks included.
+
+    Raises:
+        ValueError: an unknown pool.
     """
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")

@@ -165,7 +165,11 @@ class BACSchedule:
 
     @classmethod
     def load(cls, path: str | Path) -> "BACSchedule":
-        """Reads and checks a schedule; `ValueError` says what is wrong with it."""
+        """Reads and checks a schedule.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or the sentence says what is wrong with it.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no BAC schedule {path}")

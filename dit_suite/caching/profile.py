@@ -85,7 +85,8 @@ class SimilarityProfile:
         cosine: per guidance branch (units, K, K), mean of the runs' cosine similarities.
         num_runs: pipeline calls that were averaged.
         notes: guidance scale, sample shape and whatever else the caller wants to keep.
-        quality: measured (config, budget, flop_fraction, psnr) rows, for schedules chosen by PSNR.
+        quality: measured rows for schedules chosen by PSNR: recipe (`BACConfig.recipe`), budget, flop_fraction, psnr
+            and psnr_min in dB, pictures.
         interpolated_from: step count of the profile this one was interpolated from, or None.
     """
 
@@ -158,6 +159,9 @@ class SimilarityProfile:
 
         Outputs at a new step are taken as the linear blend of the two recorded neighbours, over the timestep where the
         new `timesteps` are given and over the relative position in the run otherwise.
+
+        Raises:
+            ValueError: the scheduler evaluates twice a step, or there are not as many timesteps as steps.
         """
         evaluations = {evaluation for _, evaluation in self.positions}
         if evaluations != {0}:
@@ -210,7 +214,11 @@ class SimilarityProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> "SimilarityProfile":
-        """Reads what `save` wrote; `ValueError` where the file is something else."""
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or it is something else.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no BAC profile {path}")

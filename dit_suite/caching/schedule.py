@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 MAXIMISED = ("cosine",)
-METRICS = ("cosine", "l1", "l2", "mse")
 
 
 def _check_budget(budget: int, num_steps: int) -> None:
@@ -30,6 +29,9 @@ def adaptive_schedule(matrix: np.ndarray, budget: int, maximise: bool) -> tuple[
 
     Returns:
         The update steps in ascending order and the score. Ties fall to the earlier boundary.
+
+    Raises:
+        ValueError: the budget is not between 1 and K.
     """
     num_steps = len(matrix)
     _check_budget(budget, num_steps)
@@ -64,13 +66,6 @@ def adjacent_schedule(matrix: np.ndarray, budget: int, maximise: bool) -> list[i
     likeness = np.array([matrix[k - 1, k] for k in range(1, num_steps)]) * (1.0 if maximise else -1.0)
     chosen = np.argsort(likeness, kind="stable")[: budget - 1] + 1
     return [0, *sorted(int(k) for k in chosen)]
-
-
-def uniform_schedule(num_steps: int, interval: int) -> list[int]:
-    """Every `interval`-th step (the fixed-interval baseline)."""
-    if interval < 1:
-        raise ValueError(f"the interval must be at least 1, got {interval}")
-    return list(range(0, num_steps, interval))
 
 
 def spread_schedule(num_steps: int, budget: int) -> list[int]:

@@ -24,7 +24,6 @@ from dit_suite.caching.schedule import (
     smallest_budget,
     spread_schedule,
     step_lengths,
-    uniform_schedule,
 )
 
 
@@ -142,10 +141,9 @@ def test_fitted_weights_beat_every_other() -> None:
 
 
 def test_uniform() -> None:
-    assert uniform_schedule(10, 3) == [0, 3, 6, 9]
-    assert spread_schedule(12, 4) == uniform_schedule(12, 3) and spread_schedule(7, 3) == [0, 2, 4]
-    with pytest.raises(ValueError, match="at least 1"):
-        uniform_schedule(10, 0)
+    assert spread_schedule(12, 4) == [0, 3, 6, 9] and spread_schedule(7, 3) == [0, 2, 4]
+    with pytest.raises(ValueError, match="between 1 and 10 computed steps"):
+        spread_schedule(10, 0)
 
 
 def test_step_lengths() -> None:
