@@ -62,15 +62,17 @@ def tiny_vae() -> AutoencoderKL:
     ).eval()
 
 
-def tiny_pixart(channels: int = 3, out_channels: int | None = None, sample_size: int = 8) -> PixArtTransformer2DModel:
-    """A two-layer PixArt whose zero-initialised parts are made random, so that text and time matter."""
+def tiny_pixart(
+    channels: int = 3, out_channels: int | None = None, sample_size: int = 8, layers: int = 2
+) -> PixArtTransformer2DModel:
+    """A PixArt of few layers whose zero-initialised parts are made random, so that text and time matter."""
     torch.manual_seed(3)
     model = PixArtTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=channels,
         out_channels=out_channels or channels,
-        num_layers=2,
+        num_layers=layers,
         cross_attention_dim=16,
         sample_size=sample_size,
         patch_size=2,

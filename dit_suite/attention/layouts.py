@@ -120,7 +120,8 @@ def _grid_of_proxies(model: Any, given: Mapping[str, Any]) -> Grid | None:
 
 
 _WAN = LayoutRule(r"blocks\.\d+\.attn1", "none", _grid_of_video(2))
-_DIT = LayoutRule(r"transformer_blocks\.\d+\.attn", "none", _grid_of_picture)
+_SIDE = r"((first|second)\.)?"  # of a depth-to-width pair (`grafting.surgery.ParallelPair`)
+_DIT = LayoutRule(rf"transformer_blocks\.\d+\.{_SIDE}attn", "none", _grid_of_picture)
 
 LAYOUTS: Mapping[str, LayoutRule] = {
     "WanTransformer3DModel": _WAN,
@@ -131,7 +132,7 @@ LAYOUTS: Mapping[str, LayoutRule] = {
     "CogVideoXTransformer3DModel": LayoutRule(r"transformer_blocks\.\d+\.attn1", "first", _grid_of_video(1)),
     "MochiTransformer3DModel": LayoutRule(r"transformer_blocks\.\d+\.attn1", "last", _grid_of_video(2)),
     "FluxTransformer2DModel": LayoutRule(r"(single_)?transformer_blocks\.\d+\.attn", "first", _grid_of_ids),
-    "PixArtTransformer2DModel": LayoutRule(r"transformer_blocks\.\d+\.attn1", "none", _grid_of_picture),
+    "PixArtTransformer2DModel": LayoutRule(rf"transformer_blocks\.\d+\.{_SIDE}attn1", "none", _grid_of_picture),
     "DiTModel": _DIT,
     "SwitchDiTTransformer2DModel": _DIT,
     "PTDiTTransformer3DModel": LayoutRule(r"transformer_blocks\.\d+\.proxy_attn1", "none", _grid_of_proxies),

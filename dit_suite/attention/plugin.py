@@ -15,7 +15,7 @@ from dit_suite.attention.adaspa import AdaSpaConfig
 from dit_suite.attention.calls import AttentionCall
 from dit_suite.attention.layouts import TokenLayout, read_layout, rule_for
 from dit_suite.attention.methods import AdaSpaMethod, StayDense, VMoBAMethod, smallest_useful
-from dit_suite.attention.routes import HOOK_NAME, DispatchRoute, ModuleRoute, dispatches, route_for
+from dit_suite.attention.routes import HOOK_NAME, DispatchRoute, ModuleRoute, route_for
 from dit_suite.attention.vmoba import VMoBAConfig
 from dit_suite.schedulers.root_hook import attach_root_hook, remove_diffusers_hook
 
@@ -80,6 +80,9 @@ def supported(model: torch.nn.Module) -> list[LayerSupport]:
 
     Args:
         model: a diffusers transformer, or a pipeline that has one.
+
+    Raises:
+        ValueError: it is neither.
     """
     rows = []
     for transformer in _transformers(model):
@@ -92,8 +95,7 @@ def supported(model: torch.nn.Module) -> list[LayerSupport]:
             elif not rule.matches(name):
                 reason = "not a self-attention over the video tokens"
             else:
-                route = "dispatcher" if dispatches(module) else "module"
-                rows.append(LayerSupport(name, True, route, f"text {rule.text} in the sequence"))
+                rows.append(LayerSupport(name, True, route_for(module).kind, f"text {rule.text} in the sequence"))
                 continue
             rows.append(LayerSupport(name, False, "none", reason))
     return rows
@@ -340,11 +342,14 @@ class SparseAttentionHandle:
 
 
 def _check_free(model: torch.nn.Module) -> None:
-    """Refuses (`ValueError`) a model whose layout is unknown, and one that already has a sparse plug-in."""
-    if not self_attention_layers(model):
+    """Refuses (`ValueError`) a model whose layout is unknown or that has no self-attention (a graft exchanged it), and
+    one that already has a sparse plug-in."""
+    if rule_for(model) is None:
         raise ValueError(
             f"the token layout of {type(model).__name__} is not known to the plug-in (see dit_suite.attention.layouts)"
         )
+    if not self_attention_layers(model):
+        raise ValueError(f"this {type(model).__name__} has no self-attention that could become sparse")
     if "timestep" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(f"{type(model).__name__}.forward takes no timestep")
     for module in model.modules():

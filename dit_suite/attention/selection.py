@@ -12,6 +12,7 @@ import torch
 SELECT_MODES = ("topk", "threshold")
 POOLS = ("query_head", "head_global", "overall", "block")
 _EPS = 1e-6
+_BUCKETS, _CHUNK = 1 << 14, 1 << 20
 
 
 def block_means(key: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
@@ -53,10 +54,7 @@ def _to_pools(gate: torch.Tensor, pool: str) -> tuple[torch.Tensor, Callable[[to
         return gate.transpose(-1, -2), lambda mask: mask.transpose(-1, -2)
     if pool == "head_global":
         return gate.flatten(2), lambda mask: mask.view(batch, heads, blocks, tokens)
-    if pool == "overall":
-        flat = gate.transpose(1, 2).flatten(1)
-        return flat, lambda mask: mask.view(batch, blocks, heads, tokens).transpose(1, 2)
-    flat = gate.transpose(1, 2).flatten(2)
+    flat = gate.transpose(1, 2).flatten(1 if pool == "overall" else 2)
     return flat, lambda mask: mask.view(batch, blocks, heads, tokens).transpose(1, 2)
 
 
@@ -88,6 +86,51 @@ def select_topk(gate: torch.Tensor, own: torch.Tensor, k: int, pool: str = "quer
     return restore(torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, best, True))
 
 
+def heaviest_by_sorting(values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    """The fewest of the largest values of every row whose sum reaches `needed`, the one that reaches it included.
+
+    The first of equal values goes first. A row that never reaches its sum keeps everything, one that needs nothing its
+    first largest value.
+
+    Args:
+        values: `(..., length)`, from 0 to 1.
+        needed: `(..., 1)`, not negative; sums are taken in its type.
+
+    Returns:
+        bool mask like `values`.
+    """
+    ranked, order = values.sort(dim=-1, descending=True, stable=True)
+    reached = ranked.cumsum(-1, dtype=needed.dtype) >= needed
+    return torch.zeros_like(reached).scatter_(-1, order, reached.cumsum(-1) - reached.long() == 0)
+
+
+def heaviest_by_buckets(values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    """What `heaviest_by_sorting` gives, for long rows on CPU: only the values around the last one kept are sorted.
+
+    One pass sums the values of each of `_BUCKETS` equal ranges, in chunks; the ranges above the one in which the sum is
+    reached are kept whole. `needed` is float64.
+    """
+    rows, sums = values.reshape(-1, values.shape[-1]), needed.reshape(-1)
+    return torch.stack([_heaviest_of_row(row, sum_) for row, sum_ in zip(rows, sums, strict=True)]).view(values.shape)
+
+
+def _heaviest_of_row(values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    mass = torch.zeros(_BUCKETS + 1, dtype=torch.float64)
+    for part in values.split(_CHUNK):
+        mass += torch.bincount((part * _BUCKETS).long(), weights=part.double(), minlength=_BUCKETS + 1)
+    from_the_top = mass.flip(0).cumsum(0)
+    highest_bucket = int(values.max() * _BUCKETS)
+    index = max(int(torch.searchsorted(from_the_top, needed[None])), _BUCKETS - highest_bucket)
+    if index > _BUCKETS:
+        return torch.ones_like(values, dtype=torch.bool)
+    above = from_the_top[index - 1] if index else torch.zeros((), dtype=torch.float64)
+    lowest, highest = (_BUCKETS - index) / _BUCKETS, (_BUCKETS - index + 1) / _BUCKETS
+    kept = values >= highest
+    bucket = ((values >= lowest) & ~kept).nonzero().squeeze(1)
+    kept[bucket[heaviest_by_sorting(values[bucket], (needed - above)[None])]] = True
+    return kept
+
+
 @torch.no_grad()
 def select_threshold(gate: torch.Tensor, own: torch.Tensor, tau: float, pool: str = "head_global") -> torch.Tensor:
     """Keeps own blocks and then the best pairs until their min-max normalised gates sum to `tau` of the pool's total.
@@ -99,7 +142,14 @@ def select_threshold(gate: torch.Tensor, own: torch.Tensor, tau: float, pool: st
         gate: `(batch, heads, blocks, tokens)`.
         own: bool `(blocks, tokens)`.
         tau: share of the pool's similarity, own blocks' share counted first.
-        pool: what is normalised and sorted together, within one sample.
+        pool: what is normalised and sorted together, within one sample: the blocks of a query ("query_head"), a head
+            ("head_global"), a block over all heads ("block") or everything ("overall").
+
+    Returns:
+        bool mask like `gate`, own blocks included.
+
+    Raises:
+        ValueError: an unknown pool.
     """
     if pool not in POOLS:
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
@@ -110,13 +160,12 @@ def select_threshold(gate: torch.Tensor, own: torch.Tensor, tau: float, pool: st
     low, high = flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True)
     span = high - low
     similarity = (flat - low) / torch.where(span <= _EPS, torch.ones_like(span), span)
-    total = similarity.sum(-1, keepdim=True)
-    own_sum = (similarity * is_own).sum(-1, keepdim=True)
-    remaining = (tau - own_sum / (total + _EPS)).clamp(min=0.0)
-    foreign, order = similarity.masked_fill(is_own, 0.0).sort(dim=-1, descending=True, stable=True)
-    reached = foreign.cumsum(-1) / (total + _EPS) >= remaining
-    keep_sorted = reached.cumsum(-1) - reached.long() == 0
-    kept = torch.zeros_like(is_own).scatter_(-1, order, keep_sorted)
+    foreign = similarity.masked_fill(is_own, 0.0)
+    precise = torch.float32 if flat.device.type == "mps" else torch.float64
+    total, foreign_sum = (part.sum(-1, keepdim=True, dtype=precise) for part in (similarity, foreign))
+    needed = (tau * (total + _EPS) - (total - foreign_sum)).clamp(min=0.0)
+    in_buckets = flat.device.type == "cpu" and flat.shape[-1] > _BUCKETS
+    kept = (heaviest_by_buckets if in_buckets else heaviest_by_sorting)(foreign, needed)
     return restore(kept | is_own)
 
 

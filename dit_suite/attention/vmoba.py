@@ -180,7 +180,16 @@ def attend_pairs(
     scale: float,
     empty_selection: str = "self",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention over own block plus selected pairs; everything in block order. Returns output and lse."""
+    """Exact attention over own block plus selected pairs, everything in block order.
+
+    Args:
+        query, key, value: `(batch, heads, tokens, head_dim)`.
+        pairs: from `select`, own blocks left out.
+        empty_selection: with no pair at all: "self" attends to own blocks only, "full" to everything.
+
+    Returns:
+        output like `query`, and its log-sum-exp `(batch, heads, tokens)` in float32 (float64 for float64 input).
+    """
     if pairs.total == 0 and empty_selection == "full":
         return attention_with_lse(query, key, value, scale)
     return PairAttention.apply(query, key, value, parts.boundaries, pairs, scale)

@@ -4,9 +4,9 @@ Every method makes the same pictures (same prompts, same noise) in turn, prompt 
 all of them alike; the first prompt warms up, counts FLOPs and tunes thresholds and is not timed. PSNR and SSIM are to
 the un-cached pictures; `speedup` is the median over prompts of the ratio of wall times, `cpu_speedup` of CPU times.
 
-`--fd-samples N` instead makes N pictures for held-out captions without a cache, with BAC at its budgets and with both
-rules, with fewer steps and with MagCache, and gives their FD and KID to the held-out pictures, with paired verdicts; it
-goes on where it was stopped.
+`--fd-samples N` instead makes N pictures for held-out captions without a cache and with every method that
+`--fd-methods` names, and gives their FD and KID to the held-out pictures, with paired verdicts; it goes on where it was
+stopped. FLOPs and the thresholds of the other caches come from one further prompt there too.
 """
 
 import argparse
@@ -35,6 +35,8 @@ PROMPTS = (
     "bicycle, flat style", "frog, twemoji style",
 )  # fmt: skip
 
+FD_METHODS = ("bac", "bac-sum", "fewer", "firstblock", "magcache", "dbcache", "taylorseer")
+
 Scope = Callable[[], AbstractContextManager[Any]]
 
 
@@ -62,10 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-prompts", type=int, default=5, help="timed prompts (one more warms up)")
     parser.add_argument("--seed", type=int, default=5000)
     parser.add_argument("--flop-fractions", type=float, nargs="+", default=[0.25, 0.35, 0.5])
-    parser.add_argument("--rivals", choices=("all", "none"), default="all")
+    parser.add_argument("--rivals", choices=("all", "none"), default="all", help="other caches (not --fd-samples)")
     parser.add_argument("--tuning-runs", type=int, default=3, help="runs spent on each rival's threshold")
     parser.add_argument("--picture", type=Path, help="also write pictures, times and differences of some methods")
     parser.add_argument("--fd-samples", type=int, default=0, help="compare distances over this many captions instead")
+    parser.add_argument(
+        "--fd-methods", nargs="+", choices=FD_METHODS, default=["bac", "bac-sum", "fewer", "magcache"],
+        help="what to compare with no cache; bac: at every budget, the others: at the middle one (--fd-samples)",
+    )  # fmt: skip
     parser.add_argument("--data", type=Path, default=Path("data/emoji64"), help="held-out captions (--fd-samples)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (--fd-samples)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the network")
@@ -83,7 +89,9 @@ class Bench:
 
     def sample(self, prompt_index: int, steps: int, scope: Any = None) -> tuple[torch.Tensor, float, float]:
         """One uint8 picture (1, 3, H, W), seconds of wall time and of CPU time."""
-        pipe = scope if hasattr(scope, "transformer") else self.pipe
+        from dit_suite.benchmarks.held_out import pipeline_inside
+
+        pipe = pipeline_inside(scope, self.pipe)
         generator = [torch.Generator().manual_seed(self.seed + prompt_index)]
         wall, cpu = time.perf_counter(), time.process_time()
         output = pipe(
@@ -152,7 +160,7 @@ def _taylorseer(model: Any, interval: int, order: int, lite: bool) -> AbstractCo
 
 
 @contextlib.contextmanager
-def _dbcache(model: str, threshold: float, steps: int) -> Iterator[Any]:
+def _dbcache(bench: Bench, threshold: float, steps: int) -> Iterator[Any]:
     """cache-dit's DBCache (F1B0, two warm-up steps), where that package is installed, on a pipeline of its own.
 
     Disabling it leaves the transformer with other parameter names, so the shared pipeline is kept out of it.
@@ -160,7 +168,7 @@ def _dbcache(model: str, threshold: float, steps: int) -> Iterator[Any]:
     from dit_suite.checkpoints import load_pipeline
 
     cache_dit = importlib.import_module("cache_dit")
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(bench.model, dtype=bench.pipe.transformer.dtype)
     pipe.set_progress_bar_config(disable=True)
     adapter = cache_dit.BlockAdapter(
         pipe=pipe, transformer=pipe.transformer, blocks=pipe.transformer.transformer_blocks,
@@ -191,61 +199,87 @@ def _tuned(bench: Bench, steps: int, full: float, target: float, runs: int, scop
     return best[1]
 
 
-def _bac_methods(bench: Bench, steps: int, fractions: list[float]) -> list[Method]:
-    from dit_suite.caching.bac import apply_bac, bundled_profiles
-    from dit_suite.caching.plan import BACConfig, build_schedule
+def _profile(bench: Bench, steps: int) -> Any:
+    """The bundled BAC profile for a step count."""
+    from dit_suite.caching.bac import bundled_profiles
 
     profile = next((p for p in bundled_profiles(bench.pipe) if p.num_inference_steps == steps), None)
     if profile is None:
         raise ValueError(f"the checkpoint has no BAC profile for {steps} steps; run scripts/calibrate_bac.py")
-    reuse = {"granularity": "subblock", "predictor": "reuse", "order": 1}
-    target = fractions[len(fractions) // 2]
-    configs = [("BAC", BACConfig(flop_fraction=f)) for f in fractions]
-    configs += [("BAC, plain sum of errors", BACConfig(flop_fraction=f, objective="sum")) for f in fractions]
-    configs += [
-        ("BAC, plain reuse, shared l2", BACConfig(flop_fraction=target, **reuse)),
-        ("BAC as published", BACConfig.reference(flop_fraction=target)),
-        ("uniform reuse", BACConfig(flop_fraction=target, schedule="uniform", **reuse)),
-    ]
-    found = []
-    for name, config in configs:
-        schedule = build_schedule(profile, config)
+    return profile
+
+
+def _bac_methods(bench: Bench, steps: int, configs: list[tuple[str, dict[str, Any]]]) -> list[Method]:
+    """BAC under every (name, options of `BACConfig`)."""
+    from dit_suite.caching.bac import apply_bac
+    from dit_suite.caching.plan import BACConfig, build_schedule
+
+    profile, found = _profile(bench, steps), []
+    for name, options in configs:
+        schedule = build_schedule(profile, BACConfig(**options))
         setting = f"budget {schedule.config['budget']}"
         found.append(Method(name, setting, lambda s=schedule: apply_bac(bench.pipe, s), steps))
     return found
 
 
+def _bac_variants(fractions: list[float], target: float) -> list[tuple[str, dict[str, Any]]]:
+    """Our default and the plain sum at every budget; plain reuse, the published method and uniform at `target`."""
+    from dit_suite.caching.plan import BACConfig
+
+    reuse = {"flop_fraction": target, "granularity": "subblock", "predictor": "reuse", "order": 1}
+    return [
+        *[("BAC", {"flop_fraction": f}) for f in fractions],
+        *[("BAC, plain sum of errors", {"flop_fraction": f, "objective": "sum"}) for f in fractions],
+        ("BAC, plain reuse, shared l2", reuse),
+        ("BAC as published", BACConfig.reference(flop_fraction=target).to_dict()),
+        ("uniform reuse", {**reuse, "schedule": "uniform"}),
+    ]
+
+
+def _fewer_steps(steps: int, target: float) -> Method:
+    """No cache and as many steps as `target` of the FLOPs pays for."""
+    fewer = max(1, int(target * steps))
+    return Method("fewer steps", f"{fewer} steps", contextlib.nullcontext, fewer)
+
+
 def _mag_ratios(bench: Bench, steps: int) -> list[float]:
     """MagCache's ratios, from the output norms that the profile holds."""
-    from dit_suite.caching.bac import bundled_profiles
-
-    profile = next(p for p in bundled_profiles(bench.pipe) if p.num_inference_steps == steps)
+    profile = _profile(bench, steps)
     stack = profile.select("stack")[0]
     norms = np.sqrt(np.diag(profile.inner_products(stack, profile.branches)))
     return [1.0, *(float(b / a) for a, b in zip(norms, norms[1:], strict=False))]
 
 
+def _tunable_rivals(bench: Bench, steps: int) -> dict[str, tuple[str, Callable[[float], Scope]]]:
+    """The other caches whose FLOPs a threshold sets: their name, and the scope at a threshold."""
+    model = bench.pipe.transformer
+    return {
+        "firstblock": ("FirstBlockCache (diffusers)", lambda t: lambda: _first_block_cache(model, t)),
+        "magcache": ("MagCache (diffusers)", lambda t: lambda: _mag_cache(model, t, steps, _mag_ratios(bench, steps))),
+        "dbcache": ("DBCache F1B0 (cache-dit)", lambda t: lambda: _dbcache(bench, t, steps)),
+    }
+
+
+def _taylorseer_methods(bench: Bench, steps: int, target: float) -> list[Method]:
+    """TaylorSeer at the interval nearest to `target`, the kind with the highest PSNR at 40 steps first."""
+    interval, found = max(2, round(1 / target)), []
+    for kind, order in (("attention + FFN", 1), ("attention + FFN", 2), ("lite", 1)):
+        scope = functools.partial(_taylorseer, bench.pipe.transformer, interval, order, kind == "lite")
+        found.append(Method("TaylorSeer (diffusers)", f"{kind}, interval {interval}, order {order}", scope, steps))
+    return found
+
+
 def _rival_methods(bench: Bench, steps: int, full: float, target: float, runs: int) -> tuple[list[Method], list[str]]:
     """diffusers' and cache-dit's caches at about the same FLOPs, and the reasons of those that do not apply."""
-    model, ratios = bench.pipe.transformer, _mag_ratios(bench, steps)
-    tunable: dict[str, Callable[[float], Scope]] = {
-        "FirstBlockCache (diffusers)": lambda t: lambda: _first_block_cache(model, t),
-        "MagCache (diffusers)": lambda t: lambda: _mag_cache(model, t, steps, ratios),
-        "DBCache F1B0 (cache-dit)": lambda t: lambda: _dbcache(bench.model, t, steps),
-    }
     found, left_out = [], []
-    for name, scope in tunable.items():
+    for name, scope in _tunable_rivals(bench, steps).values():
         try:
             threshold = _tuned(bench, steps, full, target, runs, scope)
         except ModuleNotFoundError:
             left_out.append(f"{name}: the package is not installed")
             continue
         found.append(Method(name, f"threshold {threshold:.3f}", scope(threshold), steps))
-    interval = max(2, round(1 / target))
-    for kind, order in (("attention + FFN", 1), ("attention + FFN", 2), ("lite", 1)):
-        scope = functools.partial(_taylorseer, model, interval, order, kind == "lite")
-        found.append(Method("TaylorSeer (diffusers)", f"{kind}, interval {interval}, order {order}", scope, steps))
-    return found, left_out
+    return found + _taylorseer_methods(bench, steps, target), left_out
 
 
 def _measure(bench: Bench, methods: list[Method], num_prompts: int, full: float) -> None:
@@ -292,17 +326,45 @@ def _draw(methods: list[Method], path: Path, fraction: float, rows: int = 4) -> 
     comparison_picture(titles, [[p.numpy() for p in m.pictures[:rows]] for m in chosen], path)
 
 
-def _threshold(bench: Bench, steps: int, full: float, target: float, runs: int, folder: Path) -> float:
-    """MagCache's threshold for the target, tuned once and kept with the pictures."""
-    path = folder / "magcache-threshold.json"
-    if not path.is_file():
-        ratios = _mag_ratios(bench, steps)
-        model = bench.pipe.transformer
-        found = _tuned(bench, steps, full, target, runs, lambda t: lambda: _mag_cache(model, t, steps, ratios))
-        share = bench.flops(lambda: _mag_cache(model, found, steps, ratios), steps)[0] / full
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json({"threshold": found, "flops": share}, path)
-    return float(json.loads(path.read_text("utf-8"))["threshold"])
+def _kept_threshold(path: Path, target: float, tune: Callable[[], float]) -> float:
+    """A threshold for `target` of the FLOPs, tuned once and kept with the pictures."""
+    kept = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if kept.get("target") != target:
+        kept = {"threshold": tune(), "target": target}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(kept, path)
+    return float(kept["threshold"])
+
+
+def _distance_methods(
+    args: argparse.Namespace, bench: Bench, full: float, folder: Path
+) -> tuple[dict[str, Method], list[str]]:
+    """What `--fd-methods` names beside no cache, by folder of its pictures, and the reasons of what can't run."""
+    steps, fractions = args.num_inference_steps, args.flop_fractions
+    target = fractions[len(fractions) // 2]
+    methods, left_out = {"none": Method("no cache", "", contextlib.nullcontext, steps)}, []
+    for kind in args.fd_methods:
+        if kind == "bac":
+            found = _bac_methods(bench, steps, [("BAC", {"flop_fraction": f}) for f in fractions])
+            methods |= {f"bac-{method.setting.split()[-1]}": method for method in found}
+        elif kind == "bac-sum":
+            options = {"flop_fraction": target, "objective": "sum"}
+            (method,) = _bac_methods(bench, steps, [("BAC, plain sum of errors", options)])
+            methods[f"bac-sum-{method.setting.split()[-1]}"] = method
+        elif kind == "fewer":
+            methods[kind] = _fewer_steps(steps, target)
+        elif kind == "taylorseer":
+            methods[kind] = _taylorseer_methods(bench, steps, target)[0]
+        else:
+            name, scope = _tunable_rivals(bench, steps)[kind]
+            tune = functools.partial(_tuned, bench, steps, full, target, args.tuning_runs, scope)
+            try:
+                threshold = _kept_threshold(folder / f"{kind}-threshold.json", target, tune)
+            except ModuleNotFoundError:
+                left_out.append(f"{name}: the package is not installed")
+                continue
+            methods[kind] = Method(name, f"threshold {threshold:.3f}", scope(threshold), steps)
+    return methods, left_out
 
 
 def _distances(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
@@ -317,20 +379,7 @@ def _distances(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     held_out = HeldOut(args.data, args.output / f"fd-{steps}", args.fd_samples, features=args.features)
     captions = held_out.captions()
     full, _ = bench.flops(contextlib.nullcontext, steps)
-    target = args.flop_fractions[len(args.flop_fractions) // 2]
-    fewer = max(1, int(target * steps))
-    methods = {"none": Method("no cache", "", contextlib.nullcontext, steps)}
-    for method in _bac_methods(bench, steps, args.flop_fractions):
-        if method.name == "BAC":
-            methods[f"bac-{method.setting.split()[-1]}"] = method
-    plain = next(m for m in _bac_methods(bench, steps, [target]) if m.name == "BAC, plain sum of errors")
-    methods[f"bac-sum-{plain.setting.split()[-1]}"] = plain
-    methods["fewer"] = Method("fewer steps", f"{fewer} steps", contextlib.nullcontext, fewer)
-    if args.rivals == "all":
-        threshold = _threshold(bench, steps, full, target, args.tuning_runs, held_out.output)
-        ratios, model = _mag_ratios(bench, steps), bench.pipe.transformer
-        scope = functools.partial(_mag_cache, model, threshold, steps, ratios)
-        methods["magcache"] = Method("MagCache (diffusers)", f"threshold {threshold:.3f}", scope, steps)
+    methods, left_out = _distance_methods(args, bench, full, held_out.output)
     rows = []
     for name, method in methods.items():
         options = checkpoint.technique.options_class()(
@@ -356,7 +405,7 @@ def _distances(args: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         rows.append(row)
         print(f"{method.name}: {row['fd']}, {row['kid']}", flush=True)
     facts = {"model": args.model, "steps": steps, "guidance_scale": args.guidance_scale, "samples": args.fd_samples}
-    return {"settings": facts, "rows": rows}
+    return {"settings": facts, "not_measured": left_out, "rows": rows}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -371,9 +420,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     full, _ = bench.flops(contextlib.nullcontext, steps)
     target = args.flop_fractions[len(args.flop_fractions) // 2]
     methods = [Method("no cache", "", contextlib.nullcontext, steps)]
-    methods += _bac_methods(bench, steps, args.flop_fractions)
-    fewer = max(1, int(target * steps))
-    methods.append(Method("fewer steps", f"{fewer} steps", contextlib.nullcontext, fewer))
+    methods += _bac_methods(bench, steps, _bac_variants(args.flop_fractions, target))
+    methods.append(_fewer_steps(steps, target))
     left_out: list[str] = []
     if args.rivals == "all":
         rivals, left_out = _rival_methods(bench, steps, full, target, args.tuning_runs)

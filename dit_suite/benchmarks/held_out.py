@@ -34,6 +34,11 @@ FEATURES = "features.npz"
 Scope = Callable[[], AbstractContextManager[Any]]
 
 
+def pipeline_inside(inside: Any, pipe: Any) -> Any:
+    """The pipeline to sample with: what a scope gave if that is one (a cache that needs its own), else `pipe`."""
+    return inside if hasattr(inside, "transformer") else pipe
+
+
 @dataclass
 class HeldOut:
     """The held-out part of a picture set that `prepare_data.py` wrote, as captions and as a reference.
@@ -112,6 +117,8 @@ class HeldOut:
     ) -> None:
         """Makes what is missing of the pictures in `folder`, each batch inside a fresh `scope`; `note` describes it.
 
+        A scope that gives a pipeline is sampled with that one instead of `pipe`.
+
         Raises:
             ValueError: the folder holds pictures that were made with other settings.
         """
@@ -125,8 +132,8 @@ class HeldOut:
         for indices in batches(self.count, job.batch_size):
             if all(paths[index].is_file() for index in indices):
                 continue
-            with scope():
-                samples = sample_batch(pipe, job, indices)
+            with scope() as inside:
+                samples = sample_batch(pipeline_inside(inside, pipe), job, indices)
             for index, sample in zip(indices, samples, strict=True):
                 write_png(Image.fromarray(sample), paths[index], None)
 

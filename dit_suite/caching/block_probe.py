@@ -55,14 +55,12 @@ class CacheUnit:
         modules: the module, or for a stack all its blocks in order.
         kind: "sa", "ca", "ffn", "block" or "stack".
         layer: depth of the block it belongs to (the first block for a stack).
-        parallel: attention and feed-forward run side by side inside this unit's block.
     """
 
     name: str
     modules: tuple[nn.Module, ...] = field(repr=False)
     kind: str
     layer: int
-    parallel: bool = False
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -132,12 +130,14 @@ def stream_layout(block: nn.Module) -> StreamLayout:
     """How a block carries its token streams.
 
     diffusers' registry knows for its own classes. Any other block is taken to return its first streams in the order in
-    which its forward takes them.
+    which its forward names them.
     """
     try:
         entry = TransformerBlockRegistry.get(type(block))
     except ValueError:
-        names = tuple(inspect.signature(type(block).forward).parameters)[1:3]
+        parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+        named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        names = tuple(named[:2])
         return StreamLayout(names, tuple(range(len(names))))
     main, second = entry.return_hidden_states_index, entry.return_encoder_hidden_states_index
     if second is None:

@@ -40,7 +40,6 @@ class _RunState:
     index_of: dict[tuple[int, int], int]
     entries: dict[tuple[str, int], list[_Entry]] = field(default_factory=dict)
     last_seen: dict[int, "ReferenceType[StepContext]"] = field(default_factory=dict)
-    counts: Counter = field(default_factory=Counter)
 
 
 class Engine:
@@ -166,9 +165,9 @@ class Engine:
         entries = [e for state in list(self.states.values()) for group in state.entries.values() for e in group]
         return sum(t.numel() * t.element_size() for e in entries for t in e.tensors if t is not None)
 
-    def count(self, state: _RunState, kind: str, what: str) -> None:
+    def count(self, kind: str, what: str) -> None:
+        """Books one unit of a kind as "computed" or "reused"."""
         self.counts[(kind, what)] += 1
-        state.counts[(kind, what)] += 1
 
 
 def _input_key(tensors: Sequence[torch.Tensor | None]) -> tuple:
@@ -238,10 +237,10 @@ class SubBlockHook(_Hook):
         fits = _input_key(entering)
         found, store = self._engine.recall(state, context.branch, self._unit, index, fits)
         if found is not None:
-            self._engine.count(state, self._kind, "reused")
+            self._engine.count(self._kind, "reused")
             return self._form(_restore(found, entering))
         output = self._compute(args, kwargs)
-        self._engine.count(state, self._kind, "computed")
+        self._engine.count(self._kind, "computed")
         if store:
             if not isinstance(output, torch.Tensor):
                 pattern = [item is not None for item in output]
@@ -273,10 +272,10 @@ class BlockHook(_Hook):
         fits = _input_key(entering)
         found, store = self._engine.recall(state, context.branch, self._unit, index, fits)
         if found is not None:
-            self._engine.count(state, self._kind, "reused")
+            self._engine.count(self._kind, "reused")
             return join_streams(self._layout, _add(entering, _restore(found, entering)))
         output = self._compute(args, kwargs)
-        self._engine.count(state, self._kind, "computed")
+        self._engine.count(self._kind, "computed")
         if store:
             added = added_streams(entering, split_streams(self._layout, output))
             self._engine.keep(state, context.branch, self._unit, index, fits, added)
@@ -332,13 +331,13 @@ class StackHook(_Hook):
         if self._last:
             del self._stack.passes[context.run]
         if current.found is not None:
-            return self._hand_on(state, current, entering)
+            return self._hand_on(current, entering)
         return self._run_block(state, index, context, current, entering, args, kwargs)
 
-    def _hand_on(self, state: _RunState, current: _StackPass, entering: list[torch.Tensor | None]) -> Any:
+    def _hand_on(self, current: _StackPass, entering: list[torch.Tensor | None]) -> Any:
         if not self._last:
             return join_streams(self._layout, entering[: len(current.found)])
-        self._engine.count(state, self._kind, "reused")
+        self._engine.count(self._kind, "reused")
         return join_streams(self._layout, _add(entering, _restore(current.found, entering)))
 
     def _run_block(
@@ -361,7 +360,7 @@ class StackHook(_Hook):
         output = self._compute(args, kwargs)
         leaving = current.expected = split_streams(self._layout, output)
         if self._last:
-            self._engine.count(state, self._kind, "computed")
+            self._engine.count(self._kind, "computed")
             if current.store:
                 increments = added_streams(current.entering, leaving)
                 self._engine.keep(state, context.branch, self._unit, index, current.fits, increments)

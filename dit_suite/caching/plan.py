@@ -165,7 +165,11 @@ class BACSchedule:
 
     @classmethod
     def load(cls, path: str | Path) -> "BACSchedule":
-        """Reads and checks a schedule; `ValueError` says what is wrong with it."""
+        """Reads and checks a schedule.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or the sentence says what is wrong with it.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no BAC schedule {path}")
@@ -225,8 +229,7 @@ def _unit_steps(
     info = [profile.units[u] for u in units]
     selected = rank_blocks([u.error for u in info], chosen)
     if config.schedule == "per_block" and selected:
-        kinds, layers, parallel = [u.kind for u in info], [u.layer for u in info], [u.parallel for u in info]
-        steps = bubbling_union(steps, kinds, layers, selected, parallel)
+        steps = bubbling_union(steps, [u.kind for u in info], [u.layer for u in info], selected)
     if config.update_last:
         steps = [sorted({*s, count - 1}) for s in steps]
     return [list(s) for s in steps], selected

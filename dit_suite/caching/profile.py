@@ -65,7 +65,6 @@ class UnitInfo:
     name: str
     kind: str
     layer: int
-    parallel: bool
     flops: float
     error: float
 
@@ -86,7 +85,8 @@ class SimilarityProfile:
         cosine: per guidance branch (units, K, K), mean of the runs' cosine similarities.
         num_runs: pipeline calls that were averaged.
         notes: guidance scale, sample shape and whatever else the caller wants to keep.
-        quality: measured (config, budget, flop_fraction, psnr) rows, for schedules chosen by PSNR.
+        quality: measured rows for schedules chosen by PSNR: recipe (`BACConfig.recipe`), budget, flop_fraction, psnr
+            and psnr_min in dB, pictures.
         interpolated_from: step count of the profile this one was interpolated from, or None.
     """
 
@@ -159,6 +159,9 @@ class SimilarityProfile:
 
         Outputs at a new step are taken as the linear blend of the two recorded neighbours, over the timestep where the
         new `timesteps` are given and over the relative position in the run otherwise.
+
+        Raises:
+            ValueError: the scheduler evaluates twice a step, or there are not as many timesteps as steps.
         """
         evaluations = {evaluation for _, evaluation in self.positions}
         if evaluations != {0}:
@@ -211,7 +214,11 @@ class SimilarityProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> "SimilarityProfile":
-        """Reads what `save` wrote; `ValueError` where the file is something else."""
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or it is something else.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no BAC profile {path}")
@@ -220,11 +227,12 @@ class SimilarityProfile:
                 facts = json.loads((file.metadata() or {})["profile"])
                 names = file.keys()
                 tensors = {name: file.get_tensor(name) for name in names}
+            wanted = [f.name for f in dataclasses.fields(UnitInfo)]
+            facts["units"] = tuple(UnitInfo(**{name: unit[name] for name in wanted}) for unit in facts["units"])
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path.name} is not a BAC profile: {error!r}") from error
         if facts.pop("format", None) != FORMAT:
             raise ValueError(f"{path.name} is not a {FORMAT} file")
-        facts["units"] = tuple(UnitInfo(**unit) for unit in facts["units"])
         facts["positions"] = tuple((int(step), int(evaluation)) for step, evaluation in facts["positions"])
         facts["timesteps"] = tuple(facts["timesteps"])
         facts["quality"] = tuple(facts["quality"])

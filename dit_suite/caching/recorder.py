@@ -250,7 +250,7 @@ class ProfileRecorder:
         owner = next((b.name for b in self._blocks if name == b.name or name.startswith(b.name + ".")), None)
         layer = layers[owner] if owner is not None else min(layers[b.name] for b in self._blocks if b.container == name)
         error = float(np.mean([self._sums[b][name][2] / self._runs for b in branches]))
-        return UnitInfo(name, unit.kind, layer, unit.parallel, self._flops[name], error)
+        return UnitInfo(name, unit.kind, layer, self._flops[name], error)
 
 
 def _present(streams: list[torch.Tensor | None]) -> list[torch.Tensor]:

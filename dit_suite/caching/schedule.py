@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 MAXIMISED = ("cosine",)
-METRICS = ("cosine", "l1", "l2", "mse")
 
 
 def _check_budget(budget: int, num_steps: int) -> None:
@@ -30,6 +29,9 @@ def adaptive_schedule(matrix: np.ndarray, budget: int, maximise: bool) -> tuple[
 
     Returns:
         The update steps in ascending order and the score. Ties fall to the earlier boundary.
+
+    Raises:
+        ValueError: the budget is not between 1 and K.
     """
     num_steps = len(matrix)
     _check_budget(budget, num_steps)
@@ -66,13 +68,6 @@ def adjacent_schedule(matrix: np.ndarray, budget: int, maximise: bool) -> list[i
     return [0, *sorted(int(k) for k in chosen)]
 
 
-def uniform_schedule(num_steps: int, interval: int) -> list[int]:
-    """Every `interval`-th step (the fixed-interval baseline)."""
-    if interval < 1:
-        raise ValueError(f"the interval must be at least 1, got {interval}")
-    return list(range(0, num_steps, interval))
-
-
 def spread_schedule(num_steps: int, budget: int) -> list[int]:
     """`budget` steps spread evenly; the fixed interval wherever `budget` divides `num_steps`."""
     _check_budget(budget, num_steps)
@@ -86,31 +81,24 @@ def rank_blocks(errors: Sequence[float], count: int) -> list[int]:
 
 
 def bubbling_union(
-    steps: Sequence[Sequence[int]],
-    kinds: Sequence[str],
-    layers: Sequence[int],
-    selected: Sequence[int],
-    parallel: Sequence[bool] | None = None,
+    steps: Sequence[Sequence[int]], kinds: Sequence[str], layers: Sequence[int], selected: Sequence[int]
 ) -> list[list[int]]:
     """The Bubbling Union Algorithm: units in `selected` are also refreshed whenever a downstream feed-forward is.
 
     Args:
         steps: update steps per unit.
         kinds: "sa", "ca", "ffn" or "block" per unit. Whole blocks contain a feed-forward and count as one.
-        layers: depth of the block each unit belongs to.
+        layers: depth of the block each unit belongs to. Every feed-forward of an attention's own block counts as
+            downstream of it, in a depth-to-width pair the one beside it too.
         selected: indices of the units that grow; the result does not depend on their order.
-        parallel: True for a unit whose own block computes attention and feed-forward side by side, so that the
-            feed-forward of its own layer is not downstream of it.
     """
-    parallel = parallel or [False] * len(steps)
     grown = [list(s) for s in steps]
     for u in selected:
         union = set(steps[u])
         for v, kind in enumerate(kinds):
             if v == u or kind not in ("ffn", "block"):
                 continue
-            same_layer_counts = kinds[u] in ("sa", "ca") and not parallel[u]
-            if layers[v] > layers[u] or (layers[v] == layers[u] and same_layer_counts):
+            if layers[v] > layers[u] or (layers[v] == layers[u] and kinds[u] in ("sa", "ca")):
                 union |= set(steps[v])
         grown[u] = sorted(union)
     return grown

@@ -77,3 +77,21 @@ def test_operators_that_were_grafted_in_are_left_alone():
             forward(model, picture_inputs())
         assert [row["fused_searches"] for row in handle.stats()["layers"]] == [1, 1]
     assert [row.name for row in supported(model)] == ["transformer_blocks.0.attn", "transformer_blocks.2.attn"]
+    model = graft(build("dit"), GraftPlan.from_dict({"attention": {"kind": "swa"}}, 3))
+    with pytest.raises(ValueError, match="this GraftedDiTModel has no self-attention that could become sparse"):
+        apply_adaspa(model)
+
+
+@pytest.mark.parametrize(("name", "part"), [("dit", "attn"), ("pixart", "attn1")])
+def test_both_sides_of_a_pair_become_sparse(name, part):
+    """Depth to width: the two blocks of a pair are layers like the others."""
+    model = graft(_lively(name), GraftPlan(pairs=((0, 1),))).eval()
+    layers = [f"transformer_blocks.{place}.{part}" for place in ("0.first", "0.second", "1")][: OWN_CASES[name].layers]
+    assert [row.name for row in supported(model) if row.supported] == layers
+    given = OWN_CASES[name].inputs(2)
+    dense = forward(model, given)
+    with apply_vmoba(model, VMoBAConfig.trained(**BLOCKS | {"tau": 1.0})) as handle:
+        assert (forward(model, given) - dense).abs().max() <= 1e-5 * max(1.0, dense.abs().max())
+        assert handle.stats()["sparse_calls"] == len(layers)
+    with apply_vmoba(model, VMoBAConfig.trained(**BLOCKS)):
+        assert (forward(model, given) - dense).abs().max() > 1e-5

@@ -492,25 +492,6 @@ def test_a_pipeline_run_counts_its_calls():
     assert torch.equal(run(), dense)
 
 
-@both_methods
-def test_compiled_model_runs_sparse(method):
-    """torch.compile breaks the graph at every attention; the result is the eager one."""
-    model, given = tiny_models.wan(num_layers=1).eval(), tiny_models.wan_inputs()
-    handle = (
-        apply_adaspa(model, AdaSpaConfig(sparsity=0.75, **SEARCH_AT_0))
-        if method == "adaspa"
-        else apply_vmoba(model, VMoBAConfig(topk=(2, 2, 2), **VMOBA))
-    )
-    with handle, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = _run_steps(model, given, range(2))[1]
-        compiled = torch.compile(model, backend="eager")
-        actual = _run_steps(compiled, given, range(2))[1]
-        assert (actual - expected).abs().max() < 1e-5
-        assert handle.stats()["sparse_calls"] == (2 if method == "adaspa" else 4)  # AdaSpa searches at step 0
-    torch._dynamo.reset()
-
-
 def test_ltx_has_the_arguments_the_layout_reads():
     import inspect
 

@@ -159,6 +159,60 @@ def test_threshold_is_a_sorted_prefix_and_monotone(pool):
     assert int(masks[0].sum()) == 2 * math.prod(GRID) + pools  # tau 0: own blocks and one pair per pool
 
 
+def _rows(kind: str) -> torch.Tensor:
+    """Values from 0 to 1, `(6, 500)`."""
+    generator = torch.Generator().manual_seed(3)
+    random = torch.rand(6, 500, generator=generator)
+    return {
+        "random": random,
+        "float64": random.double() ** 3,
+        "tied": (random * 5).floor() / 4,
+        "one outlier": torch.where(random == random.amax(-1, keepdim=True), 1.0, random * 1e-4),
+        "all equal": torch.full((6, 500), 0.25),
+        "nothing": torch.zeros(6, 500),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["random", "float64", "tied", "one outlier", "all equal", "nothing"])
+@pytest.mark.parametrize("buckets", [4, 64])
+def test_buckets_keep_what_sorting_keeps(kind, buckets, monkeypatch):
+    """Over chunks that do not divide the row, with sums that are never reached, reached at once and reached exactly."""
+    monkeypatch.setattr(selection, "_BUCKETS", buckets)
+    monkeypatch.setattr(selection, "_CHUNK", 77)
+    values = _rows(kind)
+    totals = values.sum(-1, keepdim=True, dtype=torch.float64)
+    counts = []
+    for needed in (0.0, totals * 0.1, totals * 0.5, totals * 0.9, totals + 1.0):
+        needed = torch.as_tensor(needed, dtype=torch.float64).expand(6, 1)
+        kept = selection.heaviest_by_sorting(values, needed)
+        assert torch.equal(selection.heaviest_by_buckets(values, needed), kept)
+        for row, mask, least in zip(values.double(), kept, needed[:, 0], strict=True):
+            assert mask.all() or row[mask].sum() >= least - 1e-9
+            assert mask.all() or row[mask].sum() - row[mask].min() <= least
+            assert row[mask].min() >= row.masked_fill(mask, 0.0).max()
+        counts.append(int(kept.sum()))
+    assert counts == sorted(counts) and counts[0] == 6 and counts[-1] == values.numel()
+    if kind == "all equal":
+        halves = torch.full((6, 1), 0.25 * 100, dtype=torch.float64)
+        assert selection.heaviest_by_buckets(values, halves)[:, :100].all()
+        assert selection.heaviest_by_buckets(values, halves).sum() == 600
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=[p.stem for p in GOLDEN])
+def test_masks_of_the_fixtures_by_buckets(path, monkeypatch):
+    monkeypatch.setattr(selection, "_BUCKETS", 4)
+    monkeypatch.setattr(selection, "_CHUNK", 50)
+    sorted_rows = []
+    plain = selection.heaviest_by_sorting
+    monkeypatch.setattr(
+        selection, "heaviest_by_sorting", lambda *row: sorted_rows.append(row[0].numel()) or plain(*row)
+    )
+    tensors, config = read_fixture(path)
+    results = vmoba.check(tensors, config)
+    assert not [r for r in results if not r.passed]
+    assert bool(sorted_rows) == any(mode == "threshold" for mode, *_ in config["modes"])
+
+
 @pytest.mark.parametrize("pool", selection.POOLS)
 def test_threshold_ignores_shift_and_positive_scale(pool):
     query, key, _ = _qkv(dtype=torch.float64)

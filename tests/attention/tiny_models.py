@@ -106,7 +106,7 @@ def ltx_inputs(batch=1):
     }
 
 
-def cogvideox():
+def cogvideox(num_layers=2):
     return diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -114,7 +114,7 @@ def cogvideox():
         out_channels=4,
         time_embed_dim=2,
         text_embed_dim=8,
-        num_layers=2,
+        num_layers=num_layers,
         sample_width=8,
         sample_height=8,
         sample_frames=13,
@@ -201,9 +201,9 @@ def pixart():
     )
 
 
-def dit():
+def dit(num_layers=3):
     return DiTModel(
-        sample_size=16, in_channels=4, num_layers=3, num_attention_heads=2, attention_head_dim=8, num_classes=5
+        sample_size=16, in_channels=4, num_layers=num_layers, num_attention_heads=2, attention_head_dim=8, num_classes=5
     )
 
 

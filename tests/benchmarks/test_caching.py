@@ -1,7 +1,9 @@
 """The caching benchmark on a tiny model: rows, the picture, and distances that go on where they were stopped."""
 
 import argparse
+import contextlib
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,28 @@ def test_distances_go_on(run):
     pictures[0].unlink()
     assert call("--fd-samples 12 --batch-size 6 --tuning-runs 1")["rows"] == rows
     assert pictures[0].read_bytes() == kept and {p: p.stat().st_mtime_ns for p in pictures[6:]} == stamps
+
+
+def test_distances_of_chosen_methods(run, monkeypatch):
+    """Other caches too, one of them on a pipeline of its own; what is not installed is said and left out."""
+    call, folder = run
+    flags = "--fd-samples 12 --batch-size 12 --tuning-runs 1 --fd-methods "
+    monkeypatch.setitem(sys.modules, "cache_dit", None)
+    result = call(flags + "taylorseer dbcache firstblock")
+    rows = {row["method"]: row for row in result["rows"]}
+    assert list(rows) == ["no cache", "TaylorSeer (diffusers)", "FirstBlockCache (diffusers)"]
+    assert result["not_measured"] == ["DBCache F1B0 (cache-dit): the package is not installed"]
+    assert rows["TaylorSeer (diffusers)"]["flops"] < 0.9 and len({row["kid"] for row in rows.values()}) == 3
+    assert all(row["fd_verdict"] for row in result["rows"][1:])
+
+    other = load_pipeline(folder / "tiny")
+    other.transformer.proj_out.bias.data += 0.3
+    monkeypatch.setattr(caching, "_dbcache", lambda bench, threshold, steps: contextlib.nullcontext(other))
+    assert call(flags + "dbcache firstblock")["rows"][2] == rows["FirstBlockCache (diffusers)"]
+    pictures = [
+        np.asarray(Image.open(folder / f"out/fd-6/{name}/000003.png")).astype(int) for name in ("none", "dbcache")
+    ]
+    assert np.abs(pictures[0] - pictures[1]).max() > 10
 
 
 def test_strip(tmp_path):

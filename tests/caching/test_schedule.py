@@ -2,9 +2,12 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dit_suite.caching.plan import BACConfig, build_schedule
 from dit_suite.caching.profile import SimilarityProfile, UnitInfo, similarity_matrix
@@ -21,7 +24,6 @@ from dit_suite.caching.schedule import (
     smallest_budget,
     spread_schedule,
     step_lengths,
-    uniform_schedule,
 )
 
 
@@ -84,11 +86,6 @@ def test_bubbling_union() -> None:
     assert np.all(mask_of(grown, 10) >= mask_of(STEPS, 10))
 
 
-def test_bubbling_skips_the_feed_forward_beside_a_parallel_attention() -> None:
-    parallel = [True] * 9
-    assert bubbling_union(STEPS, KINDS, LAYERS, [0], parallel)[0] == [0, 1, 6, 9]
-
-
 def test_whole_blocks_count_as_feed_forwards() -> None:
     assert bubbling_union(STEPS[:3], ["block"] * 3, [0, 1, 2], [0, 1, 2]) == [[0, 1, 2, 3], [0, 2, 3], [0, 3]]
 
@@ -144,10 +141,9 @@ def test_fitted_weights_beat_every_other() -> None:
 
 
 def test_uniform() -> None:
-    assert uniform_schedule(10, 3) == [0, 3, 6, 9]
-    assert spread_schedule(12, 4) == uniform_schedule(12, 3) and spread_schedule(7, 3) == [0, 2, 4]
-    with pytest.raises(ValueError, match="at least 1"):
-        uniform_schedule(10, 0)
+    assert spread_schedule(12, 4) == [0, 3, 6, 9] and spread_schedule(7, 3) == [0, 2, 4]
+    with pytest.raises(ValueError, match="between 1 and 10 computed steps"):
+        spread_schedule(10, 0)
 
 
 def test_step_lengths() -> None:
@@ -167,7 +163,7 @@ def test_an_update_in_a_vanishing_step_is_wasted(objective: str, spends: bool) -
     timesteps = (500.0, 400.0, 300.0, 200.0, 100.0, 0.1)
     profile = SimilarityProfile(
         model="M", fingerprint="", scheduler={}, num_inference_steps=6, timesteps=timesteps,
-        positions=tuple((i, 0) for i in range(6)), units=(UnitInfo("blocks", "stack", 0, False, 1.0, 0.0),),
+        positions=tuple((i, 0) for i in range(6)), units=(UnitInfo("blocks", "stack", 0, 1.0, 0.0),),
         total_flops=1.0, gram={"batched": (rows @ rows.T)[None]}, cosine={"batched": np.ones((1, 6, 6))},
     )  # fmt: skip
     schedule = build_schedule(profile, BACConfig(budget=3, objective=objective))
@@ -191,7 +187,7 @@ def _drifting_profile() -> SimilarityProfile:
     rows = np.cumsum(rng.normal(size=(4, 9, 12)) * rng.uniform(0.2, 3.0, size=(4, 9, 1)), axis=1)
     gram = rows @ rows.transpose(0, 2, 1)
     norm = np.sqrt(np.einsum("ukk->uk", gram))
-    units = tuple(UnitInfo(f"blocks.{i // 2}.{i % 2}", ("sa", "ffn")[i % 2], i // 2, False, 1.0, 4.0 - i)
+    units = tuple(UnitInfo(f"blocks.{i // 2}.{i % 2}", ("sa", "ffn")[i % 2], i // 2, 1.0, 4.0 - i)
                   for i in range(4))  # fmt: skip
     timesteps = tuple(900.0 * (1 - k / 9) ** 2 for k in range(9))
     return SimilarityProfile(
@@ -252,3 +248,19 @@ def test_cosine_is_blind_to_scale() -> None:
     np.testing.assert_allclose(plain, scaled, atol=1e-12)
     assert not np.allclose(similarity_matrix(rows, "l2"), similarity_matrix(rows * factors, "l2"))
     assert adaptive_schedule(plain, 3, True)[0] == adaptive_schedule(scaled, 3, True)[0]
+
+
+def test_a_damaged_profile_is_refused_and_an_unknown_fact_left_aside(tmp_path) -> None:
+    profile = _drifting_profile()
+    path = profile.save(tmp_path / "profile.safetensors")
+
+    def rewrite(change) -> None:
+        tensors, facts = load_file(path), json.loads(safe_open(path, "np").metadata()["profile"])
+        change(facts["units"][1])
+        save_file(tensors, path, {"profile": json.dumps(facts)})
+
+    rewrite(lambda unit: unit.update(colour="red"))
+    assert SimilarityProfile.load(path).units == profile.units
+    rewrite(lambda unit: unit.pop("flops"))
+    with pytest.raises(ValueError, match="is not a BAC profile: KeyError"):
+        SimilarityProfile.load(path)
