@@ -197,6 +197,17 @@ def check_weights(module: Any, folder: Path) -> None:
         raise ValueError(f"the weights in {folder} do not fit {type(module).__name__}: keys {' and '.join(detail)}")
 
 
+def check_device(device: Any) -> None:
+    """Refuses (`ValueError`) a device that torch does not know or can't reach on this machine."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the device {str(device)!r} can't be used on this machine: {reason}") from None
+
+
 def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None) -> Any:
     """Builds the pipeline of a checkpoint that `find_checkpoint` returned. See `load_pipeline`."""
     import torch
@@ -204,6 +215,8 @@ def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None)
 
     from dit_suite.compact_weights import is_compact, load_network
 
+    if device is not None:
+        check_device(device)
     model_index = _read_model_index(checkpoint.folder)
     resolve(checkpoint.technique.model)
     if str(_component_class(model_index, "transformer")).startswith("Grafted"):
@@ -246,7 +259,7 @@ def load_pipeline(path_or_name: str | os.PathLike, dtype: Any = None, device: An
 
     Raises:
         ValueError: the name is unknown, the folder is not a pipeline of this suite, its keys do not match exactly, or
-            its weights are pickles.
+            its weights are pickles; or the device can't be used.
         FileNotFoundError: a known checkpoint, or the text encoder it names, is not on this machine.
     """
     return open_pipeline(find_checkpoint(path_or_name), dtype=dtype, device=device)

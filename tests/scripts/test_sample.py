@@ -146,7 +146,8 @@ def test_two_processes_one_killed_then_resumed(model, reference, tmp_path):
 def test_other_options_in_the_same_folder_are_refused(model, reference, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in reference.iterdir()}
     assert main([*arguments(model, reference), "--guidance-scale", "9"]) == 2
-    assert "holds samples made with another options" in capsys.readouterr().err
+    expected = "holds samples that were made otherwise: options.guidance_scale was 1.0 and is 9.0 now; choose another"
+    assert expected in capsys.readouterr().err
     assert {p.name: p.stat().st_mtime_ns for p in reference.iterdir()} == before
 
 

@@ -63,7 +63,7 @@ def status(page, pattern):
 
 
 def set_steps(page, steps):
-    box = page.get_by_label("number input for Num inference steps").first
+    box = page.get_by_label("number input for Steps").first
     box.fill(str(steps))
     box.press("Tab")
 
