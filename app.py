@@ -62,9 +62,14 @@ def main(argv: list[str] | None = None) -> int:
         from dit_suite.ui.page import build_page, launch_arguments
 
         page = build_page(settings)
-        _, address, shared = page.launch(**launch_arguments(settings), prevent_thread_lock=True, quiet=True)
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"app.py: {error}", file=sys.stderr)
+        return 2
+    try:
+        _, address, shared = page.launch(**launch_arguments(settings), prevent_thread_lock=True, quiet=True)
+    except OSError as error:  # Gradio's words for a taken port name its own parameters
+        where = f"port {settings.port} of {settings.host}" if settings.port else f"{settings.host}"
+        print(f"app.py: can't listen on {where}; choose another --port ({error})", file=sys.stderr)
         return 2
     print(f"Open {shared or address} in a browser. Ctrl-C ends the server.", flush=True)
     page.block_thread()

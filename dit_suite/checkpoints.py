@@ -217,6 +217,8 @@ def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None)
 
     if device is not None:
         check_device(device)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype such as torch.bfloat16, got {dtype!r}")
     model_index = _read_model_index(checkpoint.folder)
     resolve(checkpoint.technique.model)
     if str(_component_class(model_index, "transformer")).startswith("Grafted"):
@@ -259,7 +261,7 @@ def load_pipeline(path_or_name: str | os.PathLike, dtype: Any = None, device: An
 
     Raises:
         ValueError: the name is unknown, the folder is not a pipeline of this suite, its keys do not match exactly, or
-            its weights are pickles; or the device can't be used.
+            its weights are pickles; or the device can't be used, or the dtype is none.
         FileNotFoundError: a known checkpoint, or the text encoder it names, is not on this machine.
     """
     return open_pipeline(find_checkpoint(path_or_name), dtype=dtype, device=device)

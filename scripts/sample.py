@@ -33,7 +33,7 @@ def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
     conditions.add_argument("--prompts", nargs="+", metavar="TEXT", help="sample i uses prompt i modulo their number")
     conditions.add_argument("--prompts-file", type=Path, help="a text file, one prompt a line")
     conditions.add_argument("--class-labels", nargs="+", metavar="LABEL", help="ids or names, used in turn")
-    conditions.add_argument("--actions-file", type=Path, help="JSON: a list of action lists")
+    conditions.add_argument("--actions-file", type=Path, help="JSON: a list of action lists (numbers or names)")
     conditions.add_argument("--from-image", type=Path, help="make the sample in this file again, from its metadata")
     parser.add_argument(
         "--start-image", type=Path, metavar="FILE", help="first frame of every clip, for video models that take one"
@@ -69,15 +69,19 @@ def read_lines(path: Path) -> tuple[str, ...]:
     return lines
 
 
-def read_actions(path: Path) -> tuple[tuple[int, ...], ...]:
-    """Action lists from a JSON file: a list of lists of integers."""
+def read_actions(path: Path) -> tuple[tuple[int | str, ...], ...]:
+    """Action lists from a JSON file: a list of lists of numbers or names."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     try:
         lists = json.loads(path.read_text("utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} can't be read as JSON: {error}") from None
     if not (isinstance(lists, list) and lists and all(isinstance(row, list) and row for row in lists)):
         raise ValueError(f"{path} must hold a list of non-empty action lists")
-    return tuple(tuple(int(action) for action in row) for row in lists)
+    if not all(type(action) in (int, str) for row in lists for action in row):
+        raise ValueError(f"the actions in {path} must be numbers or names")
+    return tuple(map(tuple, lists))
 
 
 def read_conditions(args: argparse.Namespace, kind: str) -> tuple[Any, ...]:
@@ -196,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         folder.run(num_samples, npz=args.npz, sheet=args.sheet, device=args.device)
         if distributed_state().is_main_process:
-            print(f"{num_samples} samples are in {args.output}")
+            print(f"samples 0 to {num_samples - 1}: {args.output}")
     except (ValueError, FileNotFoundError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2

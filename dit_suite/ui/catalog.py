@@ -20,6 +20,7 @@ class Offer:
         labels: class names, for class-conditional models.
         takes_start_image: whether clips start with a given picture.
         profile_steps: step counts that the checkpoint has a BAC profile for, rising.
+        takes_scheduler: whether another scheduler of diffusers may be chosen.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Offer:
     labels: tuple[str, ...]
     takes_start_image: bool = False
     profile_steps: tuple[int, ...] = ()
+    takes_scheduler: bool = True
 
     @property
     def title(self) -> str:
@@ -82,5 +84,6 @@ def offers(extra: tuple[str, ...] = ()) -> list[Offer]:
         model_index = json.loads((checkpoint.folder / "model_index.json").read_text("utf-8"))
         starts = _takes_start_image(checkpoint.folder, checkpoint.technique)
         steps = _profile_steps(checkpoint.folder)
-        found.append(Offer(name, checkpoint.technique, _labels(model_index), starts, steps))
+        scheduler = model_index.get("scheduler", ["diffusers"])[0] == "diffusers"
+        found.append(Offer(name, checkpoint.technique, _labels(model_index), starts, steps, scheduler))
     return found

@@ -84,7 +84,8 @@ class GenerateTab:
                     raise ValueError(f"{row.title} does not fit {model}; the plug-ins that do: {fitting}")
                 accelerations[row.name] = options_from_values(row.config_class(), chosen)
         condition = self._condition(offer, prompt, label)
-        chosen_scheduler = None if scheduler in ("", None, "default") else scheduler
+        own = scheduler in ("", None, "default") or not offer.takes_scheduler
+        chosen_scheduler = None if own else scheduler
         start = None
         if offer.takes_start_image:
             if not start_image:
@@ -93,7 +94,7 @@ class GenerateTab:
         return make_job(model, condition, options, resolve_seed(seed), chosen_scheduler, accelerations, start)
 
     def on_model(self, name: str) -> list[Any]:
-        """Updates of prompt, examples, label, start image, option groups, plug-in groups and plug-in switches.
+        """Updates of prompt, examples, label, start image, scheduler, option groups, plug-in groups and their switches.
 
         A plug-in that does not fit is hidden and switched off.
         """
@@ -105,6 +106,7 @@ class GenerateTab:
             gr.update(visible=text),
             gr.update(choices=list(labels), value=next(iter(labels), None), visible=not text),
             gr.update(visible=self.offers[name].takes_start_image),
+            gr.update(visible=self.offers[name].takes_scheduler),
             *(gr.update(visible=cls is technique.options_class()) for cls in self.option_classes),
             *(gr.update(visible=fits) for fits in rows),
             *(gr.skip() if fits else gr.update(value=False) for fits in rows),
@@ -247,7 +249,7 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
                 with gr.Accordion("Scheduler and acceleration", open=False):
                     scheduler = gr.Dropdown(
                         ["default", "flow-euler", "flow-heun", "ddim", "ddpm", "dpm-solver", "unipc"], value="default",
-                        label="Scheduler", info="default: the checkpoint's own",
+                        label="Scheduler", info="default: the checkpoint's own", visible=first.takes_scheduler,
                     )  # fmt: skip
                     for row in tab.accelerations():
                         with gr.Group(visible=row.name in first.accelerations) as tab.plugin_groups[row.name]:
@@ -281,7 +283,7 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
         yield from tab.generate(*values, request=request, progress=progress)
 
     inputs = [model, prompt, label, seed, count, scheduler, start_image, *tab.all_controls()]
-    shown = [prompt, examples.dataset, label, start_image, *tab.groups.values(), *tab.plugin_groups.values()]
+    shown = [prompt, examples.dataset, label, start_image, scheduler, *tab.groups.values(), *tab.plugin_groups.values()]
     shown += [switch for switch, _ in tab.plugins.values()]
     model.change(tab.on_model, [model], shown, api_visibility="private", queue=False)
     gr.on(

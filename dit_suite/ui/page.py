@@ -18,7 +18,9 @@ HISTORY = 60
 # Small pictures fill their frame with sharp pixels instead of lying in it as stamps. On a phone the results come right
 # below the Generate button, the options after them.
 STYLE = """
-#image-preview img, #video-preview img, #compare-difference img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
+#image-preview img, #video-preview img, #compare-difference img {
+  width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated
+}
 @media (max-width: 700px) {
   .ask {display: contents !important}
   .ask > * {flex: 1 1 100% !important}
