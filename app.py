@@ -11,7 +11,9 @@ from dit_suite.ui.settings import ServerSettings, parse_auth
 def build_parser() -> argparse.ArgumentParser:
     """Command-line flags of the server."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("outputs/app"), help="folder for what is made")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/app"), help="folder for what is made (default: outputs/app)"
+    )
     parser.add_argument("--host", help="address to bind (default: 127.0.0.1, this machine only)")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--share", action="store_true", help="a public link; needs --auth or --public")
@@ -26,9 +28,13 @@ def read_settings(argv: list[str] | None = None) -> ServerSettings:
     """Settings from the flags and the environment; on a hosted Space the server is public.
 
     Raises:
-        ValueError: a public address without protection, or a bad --auth.
+        ValueError: a public address without protection, a bad --auth, or a device that can't be used.
     """
     args = build_parser().parse_args(argv)
+    if args.device is not None:
+        from dit_suite.checkpoints import check_device
+
+        check_device(args.device)
     hosted = "SPACE_ID" in os.environ
     return ServerSettings(
         output=args.output,
@@ -59,7 +65,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"app.py: {error}", file=sys.stderr)
         return 2
-    page.launch(**launch_arguments(settings))
+    try:
+        _, address, shared = page.launch(**launch_arguments(settings), prevent_thread_lock=True, quiet=True)
+    except OSError as error:  # Gradio's words for a taken port name its own parameters
+        where = f"port {settings.port} of {settings.host}" if settings.port else f"{settings.host}"
+        print(f"app.py: can't listen on {where}; choose another --port ({error})", file=sys.stderr)
+        return 2
+    print(f"Open {shared or address} in a browser. Ctrl-C ends the server.", flush=True)
+    page.block_thread()
     return 0
 
 

@@ -17,8 +17,14 @@ class TextToImageOptions(Options):
     condition: ClassVar[str] = "prompt"
 
     negative_prompt: str = option("", "what the picture should not show (used when guidance is on)")
-    num_inference_steps: int = option(20, "denoising steps", minimum=1, maximum=1000)
-    guidance_scale: float = option(4.0, "classifier-free guidance; 1 or less turns it off", minimum=0.0, maximum=30.0)
+    num_inference_steps: int = option(20, "denoising steps: fewer are faster", minimum=1, maximum=1000, label="Steps")
+    guidance_scale: float = option(
+        4.0,
+        "how strictly it follows prompt or class (classifier-free guidance); 1 or less turns it off",
+        minimum=0.0,
+        maximum=30.0,
+        label="Guidance",
+    )
     height: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096, advanced=True)
     width: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096, advanced=True)
     levels: str = option(
@@ -51,8 +57,14 @@ class ClassToImageOptions(Options):
 
     condition: ClassVar[str] = "class_labels"
 
-    num_inference_steps: int = option(50, "denoising steps", minimum=1, maximum=1000)
-    guidance_scale: float = option(4.0, "classifier-free guidance; 1 or less turns it off", minimum=0.0, maximum=30.0)
+    num_inference_steps: int = option(50, "denoising steps: fewer are faster", minimum=1, maximum=1000, label="Steps")
+    guidance_scale: float = option(
+        4.0,
+        "how strictly it follows prompt or class (classifier-free guidance); 1 or less turns it off",
+        minimum=0.0,
+        maximum=30.0,
+        label="Guidance",
+    )
     guidance_channels: int | None = option(
         None, "guide the first N latent channels only (3: the published DiT numbers)", minimum=1, advanced=True
     )
@@ -67,7 +79,9 @@ class TarFlowOptions(Options):
 
     condition: ClassVar[str] = "class_labels"
 
-    guidance_scale: float = option(1.0, "class guidance; 1 or less turns it off", minimum=0.0, maximum=10.0)
+    guidance_scale: float = option(
+        1.0, "how strictly it follows the class; 1 or less turns it off", minimum=0.0, maximum=10.0, label="Guidance"
+    )
     denoise_strength: float = option(
         1.0, "share of the training noise that the final score step removes; 0 skips it", minimum=0.0, maximum=2.0
     )
@@ -113,10 +127,18 @@ class TextToVideoOptions(Options):
     condition: ClassVar[str] = "prompt"
 
     negative_prompt: str = option("", "what the clip should not show (used when guidance is on)")
-    num_inference_steps: int = option(30, "denoising steps", minimum=1, maximum=1000)
-    guidance_scale: float = option(4.0, "classifier-free guidance; 1 or less turns it off", minimum=0.0, maximum=30.0)
-    num_frames: int | None = option(None, "frames (default: the model's number)", minimum=1, maximum=1024)
-    fps: int = option(8, "frames per second of the file", minimum=1, maximum=120)
+    num_inference_steps: int = option(30, "denoising steps: fewer are faster", minimum=1, maximum=1000, label="Steps")
+    guidance_scale: float = option(
+        4.0,
+        "how strictly it follows prompt or class (classifier-free guidance); 1 or less turns it off",
+        minimum=0.0,
+        maximum=30.0,
+        label="Guidance",
+    )
+    num_frames: int | None = option(
+        None, "frames (default: the model's number)", minimum=1, maximum=1024, label="Frames"
+    )
+    fps: int = option(8, "frames per second of the file", minimum=1, maximum=120, label="Frames per second")
     height: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096, advanced=True)
     width: int | None = option(None, "pixels (default: the model's size)", minimum=8, maximum=4096, advanced=True)
     batched_guidance: bool = option(False, "both guidance halves in one batch (needs more memory)", advanced=True)
@@ -128,8 +150,14 @@ class ACDiTOptions(Options):
 
     condition: ClassVar[str] = "class_labels"
 
-    num_inference_steps: int = option(25, "denoising steps per block", minimum=1, maximum=1000)
-    guidance_scale: float = option(1.5, "classifier-free guidance; 1 or less turns it off", minimum=0.0, maximum=30.0)
+    num_inference_steps: int = option(25, "denoising steps per block", minimum=1, maximum=1000, label="Steps")
+    guidance_scale: float = option(
+        1.5,
+        "how strictly it follows prompt or class (classifier-free guidance); 1 or less turns it off",
+        minimum=0.0,
+        maximum=30.0,
+        label="Guidance",
+    )
     block_size: int | None = option(None, "tokens per block (default: as trained)", minimum=1, advanced=True)
     fps: int = option(8, "frames per second of a clip's file", minimum=1, maximum=60, advanced=True)
 
@@ -172,11 +200,23 @@ class LegoOptions(Options):
 
     condition: ClassVar[str] = "class_labels"
 
-    num_inference_steps: int = option(18, "Heun steps; the network runs 2 N - 1 times", minimum=1, maximum=1000)
-    guidance_scale: float | None = option(
-        None, "classifier-free guidance; 1 or less turns it off (default: 1.5 with classes)", minimum=0.0, maximum=30.0
+    num_inference_steps: int = option(
+        18, "Heun steps; the network runs 2 N - 1 times", minimum=1, maximum=1000, label="Steps"
     )
-    t_break: float = option(0.0, "share of the steps that leave out the last brick", minimum=0.0, maximum=1.0)
+    guidance_scale: float | None = option(
+        None,
+        "classifier-free guidance; 1 or less turns it off (default: 1.5 with classes)",
+        minimum=0.0,
+        maximum=30.0,
+        label="Guidance",
+    )
+    t_break: float = option(
+        0.0,
+        "share of the steps that leave out the last brick: more is faster",
+        minimum=0.0,
+        maximum=1.0,
+        label="Skipping (t_break)",
+    )
     skip_direction: str = option("auto", "which steps leave it out", choices=("auto", "early", "late"), advanced=True)
     s_churn: float | None = option(
         None,

@@ -227,6 +227,17 @@ def open_network(checkpoint: Checkpoint) -> Any:
     return network
 
 
+def check_device(device: Any) -> None:
+    """Refuses (`ValueError`) a device that torch does not know or can't reach on this machine."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the device {str(device)!r} can't be used on this machine: {reason}") from None
+
+
 def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None) -> Any:
     """Builds the pipeline of a checkpoint that `find_checkpoint` returned. See `load_pipeline`."""
     import torch
@@ -234,6 +245,10 @@ def open_pipeline(checkpoint: Checkpoint, dtype: Any = None, device: Any = None)
 
     from dit_suite.compact_weights import is_compact
 
+    if device is not None:
+        check_device(device)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype such as torch.bfloat16, got {dtype!r}")
     model_index = _read_model_index(checkpoint.folder)
     _network_class(model_index, checkpoint.technique)  # diffusers looks for it in modules that are imported
     given: dict[str, Any] = {}
@@ -272,7 +287,7 @@ def load_pipeline(path_or_name: str | os.PathLike, dtype: Any = None, device: An
 
     Raises:
         ValueError: the name is unknown, the folder is not a pipeline of this suite, its keys do not match exactly, or
-            its weights are pickles.
+            its weights are pickles; or the device can't be used, or the dtype is none.
         FileNotFoundError: a known checkpoint, or the text encoder it names, is not on this machine.
     """
     return open_pipeline(find_checkpoint(path_or_name), dtype=dtype, device=device)

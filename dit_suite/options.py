@@ -18,6 +18,7 @@ def option(
     maximum: float | None = None,
     choices: tuple | None = None,
     advanced: bool = False,
+    label: str | None = None,
 ) -> Any:
     """A dataclass field with the text and limits that its flag, its UI control and its validation share.
 
@@ -27,9 +28,10 @@ def option(
         minimum, maximum: inclusive limits (each element of a tuple is held to them).
         choices: accepted values.
         advanced: the UI folds the control away.
+        label: what the UI calls it (default: the field's name in words).
     """
     limits = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "advanced": advanced}
-    return field(default=default, metadata=limits)
+    return field(default=default, metadata=limits | {"label": label})
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class OptionField:
     maximum: float | None
     choices: tuple | None
     advanced: bool
+    label: str
 
     @property
     def flag(self) -> str:
@@ -101,6 +104,7 @@ def fields_of(cls: type["Options"]) -> tuple[OptionField, ...]:
                 default=item.default,
                 help=item.metadata.get("help", ""),
                 advanced=bool(item.metadata.get("advanced")),
+                label=item.metadata.get("label") or item.name.replace("_", " ").capitalize(),
                 **limits,
             )
         )
@@ -187,8 +191,10 @@ class Options:
                 extra = {"nargs": "?", "const": True}
             if spec.choices is not None:
                 extra["choices"] = spec.choices
-            text = f"{spec.help} (default: {spec.default})".replace("%", "%%")
-            parser.add_argument(spec.flag, dest=spec.name, type=kind, default=argparse.SUPPRESS, help=text, **extra)
+            known = spec.default not in (None, "") and "(default: " not in spec.help
+            text = f"{spec.help} (default: {spec.default})" if known else spec.help
+            given = {"dest": spec.name, "type": kind, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+            parser.add_argument(spec.flag, **given, **extra)
 
     @classmethod
     def from_namespace(cls, namespace: argparse.Namespace) -> typing.Self:

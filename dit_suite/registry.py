@@ -115,6 +115,7 @@ TECHNIQUES: tuple[Technique, ...] = (
         model="dit_suite.models.dit:DiTModel",
         pipeline="dit_suite.pipelines.pipeline_class_to_image:ClassToImagePipeline",
         options="dit_suite.call_options:ClassToImageOptions",
+        bundled="emoji-dit-32",
         accelerations=("bac",),
         aliases=("DiTPipeline",),
         also_runs=(

@@ -32,6 +32,19 @@ def distributed_state() -> Any:
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
+def _first_difference(name: str, then: Any, now: Any) -> str:
+    """Where two unlike values first differ, in words."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        key = min(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
+        return _first_difference(f"{name}.{key}".removeprefix("."), then.get(key), now.get(key))
+    if isinstance(then, list) and isinstance(now, list):
+        if len(then) != len(now):
+            return f"the number of {name} was {len(then)} and is {len(now)} now"
+        index = next(index for index, (a, b) in enumerate(zip(then, now, strict=True)) if a != b)
+        return _first_difference(f"{name}[{index}]", then[index], now[index])
+    return f"{name} was {then!r} and is {now!r} now"
+
+
 class SampleFolder:
     """Where one job's samples go."""
 
@@ -54,12 +67,14 @@ class SampleFolder:
             with_frames: also write every clip's frames as PNGs into a folder of its number.
 
         Raises:
-            ValueError: the folder holds samples that another job made, or frames are asked of pictures.
+            ValueError: the folder is a file or holds samples that another job made, or frames are asked of pictures.
         """
         self.folder = folder
         self.job = job
         self.with_metadata = with_metadata
         self.with_frames = with_frames
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file; choose a folder for the samples")
         self.suffix = f".{clip_format}" if makes_clips(job.model) else ".png"
         if with_frames and self.suffix == ".png":
             raise ValueError(f"frames are written for clips; {job.model} makes pictures")
@@ -75,11 +90,9 @@ class SampleFolder:
         except json.JSONDecodeError:
             raise ValueError(f"{path} is not readable; remove the folder or choose another one") from None
         here = json.loads(json.dumps(self.job.to_dict()))
-        different = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
-        if different:
-            key = different[0]
+        if here != there:
             raise ValueError(
-                f"{self.folder} holds samples made with another {key} ({there.get(key)!r}, now {here.get(key)!r}); "
+                f"{self.folder} holds samples that were made otherwise: {_first_difference('', there, here)}; "
                 "choose another folder or give the same options"
             )
 
@@ -105,10 +118,15 @@ class SampleFolder:
         """Makes what is missing of the samples 0 .. num_samples - 1, sharing the batches between the processes.
 
         Raises:
-            ValueError: `num_samples` is not positive, or the folder holds numbered files but no `run.json`.
+            ValueError: `num_samples` is not positive, the folder holds numbered files but no `run.json`, or an npz or
+                a sheet is asked of clips.
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        if npz:
+            self._require_pictures("an npz of samples")
+        if sheet:
+            self._require_pictures("a sheet")
         state = distributed_state()
         mine = batches(num_samples, self.job.batch_size)[state.process_index :: state.num_processes]
         missing = [batch for batch in mine if not all(self.path(i).is_file() for i in batch)]
@@ -137,6 +155,10 @@ class SampleFolder:
                         self._write(index, indices, sample)
                 bar.update(len(indices))
 
+    def _require_pictures(self, what: str) -> None:
+        if self.suffix != ".png":
+            raise ValueError(f"{what} is written for pictures, not for clips")
+
     def make_again(self, index: int, indices: list[int], device: Any = None) -> Path:
         """Makes sample `index` once more, in the batch of `indices` that it was made in first."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -159,8 +181,7 @@ class SampleFolder:
         Raises:
             ValueError: a sample is missing, or the samples are clips.
         """
-        if self.suffix != ".png":
-            raise ValueError("an npz of samples is written for pictures, not for clips")
+        self._require_pictures("an npz of samples")
         pixels = self._pixels(num_samples)
         first = next(pixels)
         shape = (num_samples, *first.shape)
@@ -185,8 +206,7 @@ class SampleFolder:
         import torch
         from torchvision.utils import make_grid
 
-        if self.suffix != ".png":
-            raise ValueError("a sheet is written for pictures, not for clips")
+        self._require_pictures("a sheet")
         pictures = [pixels for pixels, _ in zip(self._pixels(num_samples), range(64), strict=False)]
         tensor = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
         grid = make_grid(tensor, nrow=columns, padding=2, pad_value=255).permute(1, 2, 0).numpy()

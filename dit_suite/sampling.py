@@ -234,6 +234,9 @@ def open_job(job: SamplingJob, device: Any = None, checkpoint: Checkpoint | None
     if job.scheduler is not None:
         from dit_suite.schedulers.diffusers_schedulers import build_scheduler
 
+        if not type(pipe.scheduler).__module__.startswith("diffusers."):
+            own = type(pipe.scheduler).__name__
+            raise ValueError(f"{job.model} samples with a scheduler of its kind only ({own}): leave the scheduler out")
         predicts = pipe.config.get("prediction_type", "epsilon")
         pipe.scheduler = build_scheduler(job.scheduler, pipe.scheduler, predicts)
     for name, config in job.accelerations.items():

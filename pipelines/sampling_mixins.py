@@ -260,6 +260,8 @@ class ClassLabelsMixin:
             raise ValueError(f"{label!r} is the name of the classes {', '.join(map(str, ids))}: give the id")
         if not ids:
             close = difflib.get_close_matches(label.strip().lower(), names, n=3)
-            hint = f"; close names: {', '.join(close)}" if close else "" if names else "; this model has no names"
+            hint = f"; close names: {', '.join(close)}" if close else "; this model has no names"
+            if names and not close:
+                hint = f"; the names begin with {', '.join(list(names)[:5])}"
             raise ValueError(f"there is no class {label!r}{hint}")
         return ids[0]

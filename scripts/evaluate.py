@@ -14,6 +14,7 @@ sample.py's parser.
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,8 @@ def open_side(text: str | None, args: argparse.Namespace, expected: int | None =
     if text is None:
         return None
     bundled = bundled_references()
+    if re.fullmatch(r"[\w-]+", text) and text not in bundled and not Path(text).exists():
+        raise ValueError(f"{text} is no folder here, nor are there statistics of that name ({', '.join(bundled)})")
     path = bundled[text] if text in bundled and not Path(text).exists() else text
     if is_statistics_file(path):
         foreign = args.foreign_statistics
@@ -181,6 +184,7 @@ def only_likelihood(inputs: Any, state: Any) -> Any:
 
 def run(args: argparse.Namespace, job: Any) -> None:
     """Evaluates and prints: the line on stdout, words on stderr."""
+    from dit_suite.checkpoints import check_device
     from dit_suite.evaluation.extractors import load_extractor
     from dit_suite.evaluation.metric_names import parse_metrics
     from dit_suite.evaluation.report import append_line
@@ -195,9 +199,13 @@ def run(args: argparse.Namespace, job: Any) -> None:
     if not metrics and args.save_statistics is None and args.bpd is None:
         raise ValueError("give --reference, --metrics, --bpd or --save-statistics: nothing was asked for")
     requests = parse_metrics(metrics) if metrics else ()
+    if args.device is not None:
+        check_device(args.device)
     state = distributed_state()
     inputs = open_inputs(args, job, state)
     device = args.device or state.device
+    if args.save_statistics is not None:
+        args.save_statistics.parent.mkdir(parents=True, exist_ok=True)
     if args.bpd is not None:
         flow, labels = open_flow(args.bpd, args.bpd_class_labels, inputs.samples, device)
     if requests or args.save_statistics is not None or args.train_set is not None:

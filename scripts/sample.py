@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dit_suite.checkpoints import find_checkpoint
 from dit_suite.metadata import read_record
 from dit_suite.registry import ACCELERATIONS, TECHNIQUES, technique
-from dit_suite.sample_files import SampleFolder
+from dit_suite.sample_files import SampleFolder, distributed_state
 from dit_suite.sampling import SamplingJob, StartImage, job_of_record, parse_acceleration
 
 
@@ -33,7 +33,7 @@ def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
     conditions.add_argument("--prompts", nargs="+", metavar="TEXT", help="sample i uses prompt i modulo their number")
     conditions.add_argument("--prompts-file", type=Path, help="a text file, one prompt a line")
     conditions.add_argument("--class-labels", nargs="+", metavar="LABEL", help="ids or names, used in turn")
-    conditions.add_argument("--actions-file", type=Path, help="JSON: a list of action lists")
+    conditions.add_argument("--actions-file", type=Path, help="JSON: a list of action lists (numbers or names)")
     conditions.add_argument("--from-image", type=Path, help="make the sample in this file again, from its metadata")
     parser.add_argument(
         "--start-image", type=Path, metavar="FILE", help="first frame of every clip, for video models that take one"
@@ -69,15 +69,19 @@ def read_lines(path: Path) -> tuple[str, ...]:
     return lines
 
 
-def read_actions(path: Path) -> tuple[tuple[int, ...], ...]:
-    """Action lists from a JSON file: a list of lists of integers."""
+def read_actions(path: Path) -> tuple[tuple[int | str, ...], ...]:
+    """Action lists from a JSON file: a list of lists of numbers or names."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
     try:
         lists = json.loads(path.read_text("utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} can't be read as JSON: {error}") from None
     if not (isinstance(lists, list) and lists and all(isinstance(row, list) and row for row in lists)):
         raise ValueError(f"{path} must hold a list of non-empty action lists")
-    return tuple(tuple(int(action) for action in row) for row in lists)
+    if not all(type(action) in (int, str) for row in lists for action in row):
+        raise ValueError(f"the actions in {path} must be numbers or names")
+    return tuple(map(tuple, lists))
 
 
 def read_conditions(args: argparse.Namespace, kind: str) -> tuple[Any, ...]:
@@ -97,11 +101,36 @@ def read_conditions(args: argparse.Namespace, kind: str) -> tuple[Any, ...]:
     return read_actions(args.actions_file)
 
 
+def read_accelerations(texts: list[str]) -> dict[str, Any]:
+    """Plug-ins by name with their options, each named once."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, config = parse_acceleration(text)
+        if name in found:
+            raise ValueError(
+                f"--accelerate names {name} twice; give its settings together, as {name}:key=value,key=value"
+            )
+        found[name] = config
+    return found
+
+
+def refuse_settings(args: argparse.Namespace) -> None:
+    """`--from-image` takes its settings from the file: those of the command line would be lost without a word."""
+    lost = ("start_image", "num_samples", "seed", "batch_size", "scheduler", "dtype", "accelerate", "npz", "sheet")
+    for name in lost:
+        if getattr(args, name) != build_parser(None).get_default(name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"--from-image makes the very sample again, with the settings in the file: leave out {flag}"
+            )
+
+
 def job_from_arguments(argv: list[str]) -> tuple[argparse.Namespace, SamplingJob, list[int] | None]:
     """Parses the command line into the job and, for `--from-image`, the indices of the batch to make again."""
     first, _ = build_parser(None).parse_known_args([a for a in argv if a not in ("-h", "--help")])
     if first.from_image is not None:
         args = build_parser(None).parse_args(argv)
+        refuse_settings(args)
         record = read_record(args.from_image)
         job, indices = job_of_record(record, model=args.model)
         return args, job, indices
@@ -131,7 +160,7 @@ def job_from_arguments(argv: list[str]) -> tuple[argparse.Namespace, SamplingJob
         batch_size=args.batch_size,
         scheduler=args.scheduler,
         dtype=args.dtype,
-        accelerations=dict(parse_acceleration(text) for text in args.accelerate),
+        accelerations=read_accelerations(args.accelerate),
         start_image=StartImage.of_file(args.start_image) if args.start_image else None,
     )
     return args, job, None
@@ -167,12 +196,17 @@ def main(argv: list[str] | None = None) -> int:
             with_frames=args.frames,
         )
         if indices is not None:
-            folder.make_again(read_record(args.from_image)["index"], indices, device=args.device)
+            print(folder.make_again(read_record(args.from_image)["index"], indices, device=args.device))
             return 0
         folder.run(num_samples, npz=args.npz, sheet=args.sheet, device=args.device)
+        if distributed_state().is_main_process:
+            print(f"samples 0 to {num_samples - 1}: {args.output}")
     except (ValueError, FileNotFoundError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("sample.py: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

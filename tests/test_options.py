@@ -37,7 +37,9 @@ def test_flags_round_trip():
     assert Sample.from_namespace(args) == Sample(steps=9, sizes=(5, 6), dry=True, mode="slow")
     assert Sample.from_namespace(parser.parse_args([])) == Sample()
     assert Sample.from_namespace(parser.parse_args(["--dry", "false"])).dry is False
-    parser.format_help()
+    text = " ".join(parser.format_help().split())
+    assert "number of steps (default: 20)" in text and "strength in % (default: 4.0)" in text
+    assert "pixels (default" not in text  # no default to tell
 
 
 def test_fields_describe_controls():

@@ -355,7 +355,9 @@ def _check_free(model: torch.nn.Module) -> None:
     for module in model.modules():
         registry = module.__dict__.get("_diffusers_hook")
         if registry is not None and {_SCOPE_HOOK, HOOK_NAME} & set(registry.hooks):
-            raise ValueError("a sparse attention plug-in is already applied to this model; call handle.remove() first")
+            raise ValueError(
+                "a sparse attention plug-in is already applied to this model, it takes one; call handle.remove() first"
+            )
 
 
 def apply_adaspa(

@@ -42,11 +42,19 @@ class BACConfig(Options):
     method.
     """
 
-    budget: int | None = option(None, "computed steps of each unit, the first included", minimum=1)
-    flop_fraction: float | None = option(
-        None, "share of the full FLOPs to spend (0.35 without budget)", minimum=0.0, maximum=1.0
+    budget: int | None = option(
+        None, "computed steps of each unit, the first included", minimum=1, label="Computed steps"
     )
-    psnr: float | None = option(None, "dB to the un-cached run (calibrate_bac.py measures it)", minimum=0.0)
+    flop_fraction: float | None = option(
+        None,
+        "share of the full FLOPs to spend (0.35 without budget)",
+        minimum=0.0,
+        maximum=1.0,
+        label="Share of the work",
+    )
+    psnr: float | None = option(
+        None, "dB to the un-cached run (calibrate_bac.py measures it)", minimum=0.0, label="PSNR"
+    )
     schedule: str = option("shared", "one schedule for all, or one each", choices=("shared", "per_block", "uniform"))
     granularity: str = option("auto", "what is cached (auto: stack, else block)", choices=("auto", *GRANULARITIES))
     predictor: str = option("fitted", "what stands in at skipped steps (linear, fitted: ours)", choices=PREDICTORS)

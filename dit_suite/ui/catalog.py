@@ -1,6 +1,7 @@
 """Which checkpoints the app offers, and what it can tell of them without opening the network."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,48 @@ from dit_suite.registry import TECHNIQUES, Technique
 
 @dataclass(frozen=True)
 class Offer:
-    """One checkpoint on offer: its name, technique, label names for class-conditional models, and whether clips start
-    with a given picture."""
+    """One checkpoint on offer.
+
+    Attributes:
+        name: what `find_checkpoint` takes.
+        technique: the registry's row.
+        labels: class names, for class-conditional models.
+        takes_start_image: whether clips start with a given picture.
+        profile_steps: step counts that the checkpoint has a BAC profile for, rising.
+        takes_scheduler: whether another scheduler of diffusers may be chosen.
+    """
 
     name: str
     technique: Technique
     labels: tuple[str, ...]
     takes_start_image: bool = False
+    profile_steps: tuple[int, ...] = ()
+    takes_scheduler: bool = True
+
+    @property
+    def title(self) -> str:
+        """The name, and what the technique is."""
+        return f"{self.name}: {self.technique.title}"
+
+    @property
+    def accelerations(self) -> tuple[str, ...]:
+        """Plug-ins that work on this checkpoint as it is: BAC needs a profile."""
+        return tuple(name for name in self.technique.accelerations if name != "bac" or self.profile_steps)
+
+
+def choices(offers: Iterable[Offer]) -> list[tuple[str, str]]:
+    """What a dropdown of models shows, and the name that stands behind it."""
+    return [(offer.title, offer.name) for offer in offers]
 
 
 def _labels(model_index: dict[str, Any]) -> tuple[str, ...]:
     table = model_index.get("id2label") or {}
     return tuple(table[key] for key in sorted(table, key=int))
+
+
+def _profile_steps(folder: Path) -> tuple[int, ...]:
+    names = [path.stem.removeprefix("profile-") for path in (folder / "bac").glob("profile-*.safetensors")]
+    return tuple(sorted(int(name) for name in names if name.isdigit()))
 
 
 def _takes_start_image(folder: Path, technique: Technique) -> bool:
@@ -52,5 +83,7 @@ def offers(extra: tuple[str, ...] = ()) -> list[Offer]:
             continue
         model_index = json.loads((checkpoint.folder / "model_index.json").read_text("utf-8"))
         starts = _takes_start_image(checkpoint.folder, checkpoint.technique)
-        found.append(Offer(name, checkpoint.technique, _labels(model_index), starts))
+        steps = _profile_steps(checkpoint.folder)
+        scheduler = model_index.get("scheduler", ["diffusers"])[0] == "diffusers"
+        found.append(Offer(name, checkpoint.technique, _labels(model_index), starts, steps, scheduler))
     return found

@@ -10,11 +10,13 @@ import numpy as np
 from PIL import Image
 
 from dit_suite.sampling import SamplingJob, parse_acceleration
-from dit_suite.ui.catalog import Offer
+from dit_suite.ui.catalog import Offer, choices
 from dit_suite.ui.engine import Engine, Finished, StopFlag, Stopped, make_job, resolve_seed
 from dit_suite.ui.generate_tab import DEVICE_QUEUE
 
 MAX_VARIANTS = 3
+SHOWN_VARIANTS = 2
+FEWER_STEPS = 0.35  # about the work that BAC spends by default
 GAIN = 4
 COLUMNS = ("variant", "seconds", "times faster", "network evaluations", "PSNR (dB)", "SSIM")
 
@@ -96,24 +98,50 @@ def table(results: list[Result]) -> list[list[Any]]:
     return rows
 
 
+def suggestions(offer: Offer, limit: int) -> tuple[int, list[str]]:
+    """Steps of the baseline and variants with which the first press works on this model.
+
+    Args:
+        offer: the model.
+        limit: most steps that this server allows.
+
+    Returns:
+        the largest step count with a BAC profile (else the technique's default), and variants, likely ones first.
+    """
+    default = getattr(offer.technique.options_class()(), "num_inference_steps", limit)
+    allowed = [steps for steps in offer.profile_steps if steps <= limit]
+    steps = max(allowed) if allowed else min(default, limit)
+    fewer = f"steps={max(1, round(FEWER_STEPS * steps))}"
+    if not allowed:
+        return steps, [fewer, f"steps={max(1, steps // 2)}"]
+    return steps, ["bac", fewer, "bac:flop_fraction=0.5", "bac:flop_fraction=0.25"]
+
+
 def build_compare_tab(engine: Engine, offers: list[Offer]) -> None:
     """Builds the tab inside the present Blocks context."""
     by_name = {offer.name: offer for offer in offers}
     stops: dict[str, StopFlag] = {}
     first = offers[0]
+    first_steps, first_variants = suggestions(first, engine.limits.max_steps)
+    gr.Markdown(
+        "The same picture made in several ways: the baseline runs every step, a variant saves work. "
+        "PSNR and SSIM say how close its picture is to the baseline's (higher is closer)."
+    )
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            model = gr.Dropdown(list(by_name), value=first.name, label="Model", elem_id="compare-model")
+            model = gr.Dropdown(choices(offers), value=first.name, label="Model", elem_id="compare-model")
             prompt = gr.Textbox("woman astronaut, 3d style", label="Prompt", elem_id="compare-prompt")
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=-1, elem_id="compare-seed")
-                steps = gr.Slider(2, engine.limits.max_steps, value=40, step=1, label="Steps of the baseline")
-            suggestions = [name for name in first.technique.accelerations] + ["steps=13"]
+                steps = gr.Slider(
+                    2, engine.limits.max_steps, value=first_steps, step=1, label="Steps of the baseline",
+                    elem_id="compare-steps",
+                )  # fmt: skip
             variants = [
                 gr.Dropdown(
-                    suggestions, value=suggestions[i] if i < len(suggestions) else None, allow_custom_value=True,
-                    label=f"Variant {i + 1}", info="a plug-in as NAME or NAME:key=value,..., or steps=N",
-                    elem_id=f"compare-variant-{i + 1}",
+                    first_variants, value=first_variants[i] if i < SHOWN_VARIANTS else None, allow_custom_value=True,
+                    label=f"Variant {i + 1}", elem_id=f"compare-variant-{i + 1}",
+                    info="choose, or type steps=N or PLUG-IN:key=value,key=value" if i == 0 else None,
                 )
                 for i in range(MAX_VARIANTS)
             ]  # fmt: skip
@@ -123,10 +151,16 @@ def build_compare_tab(engine: Engine, offers: list[Offer]) -> None:
         with gr.Column(scale=3, min_width=320):
             status = gr.Markdown("Ready.", elem_id="compare-status")
             rows = gr.Dataframe(headers=list(COLUMNS), label="Measured", interactive=False, elem_id="compare-table")
-            plot = gr.BarPlot(x="variant", y="seconds", title="Seconds per sample", height=180)
+            plot = gr.BarPlot(x="variant", y="seconds", y_lim=[0, None], title="Seconds per sample", height=180)
             shown = gr.Dropdown([], label="Show beside the baseline", elem_id="compare-shown")
             slider = gr.ImageSlider(label="Baseline | variant", format="png", height=320, elem_id="compare-slider")
-            difference = gr.Image(label=f"Difference times {GAIN}", format="png", height=200, interactive=False)
+            difference = gr.Image(
+                label=f"Difference times {GAIN}",
+                format="png",
+                height=200,
+                interactive=False,
+                elem_id="compare-difference",
+            )
     state = gr.State([])
 
     def baseline_job(model: str, prompt: str, seed: Any, steps: Any) -> SamplingJob:
@@ -134,6 +168,11 @@ def build_compare_tab(engine: Engine, offers: list[Offer]) -> None:
             raise ValueError(f"model must be one of {', '.join(by_name)}, got {model!r}")
         options = by_name[model].technique.options_class()(num_inference_steps=int(steps))
         return make_job(model, prompt, options, resolve_seed(seed))
+
+    def switched(name: str) -> list[Any]:
+        count, texts = suggestions(by_name[name], engine.limits.max_steps)
+        shown = [gr.update(choices=texts, value=texts[i] if i < SHOWN_VARIANTS else None) for i in range(MAX_VARIANTS)]
+        return [count, *shown]
 
     def run(request: gr.Request, model: str, prompt: str, seed: Any, steps: Any, *texts: Any) -> Iterator[tuple]:
         import pandas
@@ -150,7 +189,8 @@ def build_compare_tab(engine: Engine, offers: list[Offer]) -> None:
                 names = [r.name for r in results[1:]]
                 text = f"{len(results)} of {len(chosen) + 1} done, seed {job.seed}"
                 picker = gr.update(choices=names, value=names[0] if names else None)
-                yield text, measured, frame, picker, [(r.name, str(r.path)) for r in results]
+                bars = gr.BarPlot(frame, sort=frame["variant"].tolist())
+                yield text, measured, bars, picker, [(r.name, str(r.path)) for r in results]
         except (ValueError, FileNotFoundError, RuntimeError) as error:
             yield f"Not done: {error}", gr.skip(), gr.skip(), gr.skip(), gr.skip()
             raise gr.Error(str(error), print_exception=False) from error
@@ -175,6 +215,7 @@ def build_compare_tab(engine: Engine, offers: list[Offer]) -> None:
         run, [model, prompt, seed, steps, *variants], [status, rows, plot, shown, state], api_visibility="private",
         **DEVICE_QUEUE,
     )  # fmt: skip
+    model.change(switched, [model], [steps, *variants], api_visibility="private", queue=False)
     for trigger in (done.then, shown.change):
         trigger(show, [shown, state], [slider, difference], api_visibility="private", queue=False)
     stop.click(halt, None, [status], api_visibility="private", queue=False)

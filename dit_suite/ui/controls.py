@@ -14,7 +14,7 @@ def control_for(spec: OptionField, limit: float | None = None) -> gr.components.
         spec: the option.
         limit: a lower maximum that this server sets.
     """
-    label = spec.name.replace("_", " ").capitalize()
+    label = spec.label
     maximum = spec.maximum if limit is None else min(limit, spec.maximum or limit)
     default = spec.default
     if spec.is_tuple:
@@ -26,11 +26,14 @@ def control_for(spec: OptionField, limit: float | None = None) -> gr.components.
         return gr.Checkbox(value=default, label=label, info=spec.help)
     if spec.kind is str:
         return gr.Textbox(value=default or "", label=label, info=spec.help)
+    if spec.optional:  # not a Number: the page turns an empty one into 0
+        text = "" if default is None else str(default)
+        return gr.Textbox(value=text, label=label, info=spec.help, placeholder="default", max_lines=1)
     bounds = {"minimum": spec.minimum, "maximum": maximum}
-    if spec.optional or None in bounds.values():
-        given = {name: value for name, value in bounds.items() if value is not None}
-        return gr.Number(value=default, label=label, info=spec.help, precision=0 if spec.kind is int else None, **given)
-    step = 1 if spec.kind is int else 0.1
+    if None in bounds.values():
+        step = {"precision": 0} if spec.kind is int else {"step": 0.01}
+        return gr.Number(value=default, label=label, info=spec.help, **bounds, **step)
+    step = 1 if spec.kind is int else 0.05 if spec.maximum - spec.minimum <= 2 else 0.1
     return gr.Slider(value=min(default, maximum), step=step, label=label, info=spec.help, **bounds)
 
 
@@ -55,10 +58,12 @@ def options_from_values(cls: type[Options], values: list[Any]) -> Options:
         if spec.is_tuple:
             parts = [part for part in str(value or "").replace(",", " ").split() if part]
             given[spec.name] = _numbers(spec, parts) if parts or not spec.optional else None
-        elif spec.optional and value in (None, ""):
+        elif spec.optional and (value is None or str(value).strip() == ""):
             given[spec.name] = None
         elif spec.kind is int and isinstance(value, float) and value.is_integer():
             given[spec.name] = int(value)
+        elif spec.optional and isinstance(value, str):
+            given[spec.name] = spec.parse(value.strip())
         else:
             given[spec.name] = value
     return cls(**given)
@@ -78,5 +83,7 @@ def values_from_options(options: Options) -> list[Any]:
         value = getattr(options, spec.name)
         if spec.is_tuple:
             value = "" if value is None else ", ".join(map(str, value))
-        values.append("" if value is None and spec.kind is str else value)
+        elif spec.optional and spec.kind is not bool and spec.choices is None:
+            value = "" if value is None else str(value)
+        values.append(value)
     return values

@@ -11,13 +11,16 @@ from dit_suite.metadata import read_record
 from dit_suite.options import Options
 from dit_suite.registry import ACCELERATIONS, Acceleration
 from dit_suite.sampling import SamplingJob, job_of_record
-from dit_suite.ui.catalog import Offer
+from dit_suite.ui.catalog import Offer, choices
 from dit_suite.ui.controls import build_controls, options_from_values, values_from_options
 from dit_suite.ui.engine import Engine, Finished, Progress, StopFlag, Stopped, make_job, resolve_seed, single_job
 from dit_suite.ui.settings import Limits
 
 DEVICE_QUEUE = {"concurrency_id": "device", "concurrency_limit": 1}
-EXAMPLES = ("red apple, flat style", "woman astronaut, 3d style", "rainbow, gradient style", "burger")
+EXAMPLES = {
+    "image": ("red apple, flat style", "woman astronaut, 3d style", "rainbow, gradient style", "burger"),
+    "video": ("red heart", "grinning face"),
+}
 
 
 @dataclass
@@ -47,7 +50,7 @@ class GenerateTab:
 
     def accelerations(self) -> list[Acceleration]:
         """Plug-ins that fit one of the tab's models."""
-        wanted = {name for offer in self.offers.values() for name in offer.technique.accelerations}
+        wanted = {name for offer in self.offers.values() for name in offer.accelerations}
         return [row for row in ACCELERATIONS if row.name in wanted]
 
     def all_controls(self) -> list[gr.components.Component]:
@@ -76,12 +79,13 @@ class GenerateTab:
             enabled, chosen = values[position], values[position + 1 : position + 1 + count]
             position += 1 + count
             if enabled:
-                if row.name not in offer.technique.accelerations:
-                    fitting = ", ".join(offer.technique.accelerations) or "none"
+                if row.name not in offer.accelerations:
+                    fitting = ", ".join(offer.accelerations) or "none"
                     raise ValueError(f"{row.title} does not fit {model}; the plug-ins that do: {fitting}")
                 accelerations[row.name] = options_from_values(row.config_class(), chosen)
         condition = self._condition(offer, prompt, label)
-        chosen_scheduler = None if scheduler in ("", None, "default") else scheduler
+        own = scheduler in ("", None, "default") or not offer.takes_scheduler
+        chosen_scheduler = None if own else scheduler
         start = None
         if offer.takes_start_image:
             if not start_image:
@@ -90,18 +94,19 @@ class GenerateTab:
         return make_job(model, condition, options, resolve_seed(seed), chosen_scheduler, accelerations, start)
 
     def on_model(self, name: str) -> list[Any]:
-        """Updates of prompt, examples, label, start image, option groups, plug-in groups and plug-in switches.
+        """Updates of prompt, examples, label, start image, scheduler, option groups, plug-in groups and their switches.
 
         A plug-in that does not fit is hidden and switched off.
         """
         technique = self.offers[name].technique
         text, labels = technique.options_class().condition == "prompt", self.offers[name].labels
-        rows = [row.name in technique.accelerations for row in self.accelerations()]
+        rows = [row.name in self.offers[name].accelerations for row in self.accelerations()]
         return [
             gr.update(visible=text),
             gr.update(visible=text),
             gr.update(choices=list(labels), value=next(iter(labels), None), visible=not text),
             gr.update(visible=self.offers[name].takes_start_image),
+            gr.update(visible=self.offers[name].takes_scheduler),
             *(gr.update(visible=cls is technique.options_class()) for cls in self.option_classes),
             *(gr.update(visible=fits) for fits in rows),
             *(gr.skip() if fits else gr.update(value=False) for fits in rows),
@@ -208,50 +213,56 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
     first = offers[0]
     caps = {"num_inference_steps": limits.max_steps, "height": limits.max_side, "width": limits.max_side,
             "num_frames": limits.max_frames}  # fmt: skip
+    examples_of_tab = EXAMPLES[media]
     with gr.Row():
-        with gr.Column(scale=2, min_width=320):
-            model = gr.Dropdown(list(tab.offers), value=first.name, label="Model", elem_id=f"{media}-model")
-            uses_text = first.technique.options_class().condition == "prompt"
-            prompt = gr.Textbox(
-                label="Prompt", info="Shift + Enter generates", lines=2, visible=uses_text, value=EXAMPLES[0],
-                elem_id=f"{media}-prompt", max_length=limits.max_prompt, placeholder="for example: burger, 3d style",
-            )  # fmt: skip
-            examples = gr.Examples([[text] for text in EXAMPLES], [prompt], api_visibility="private")
-            label = gr.Dropdown(
-                list(first.labels), label="Class", visible=not uses_text, allow_custom_value=True,
-                value=first.labels[0] if first.labels else None, elem_id=f"{media}-label",
-            )  # fmt: skip
-            start_image = gr.Image(
-                label="Start image: the first frame", type="filepath", height=160, sources=["upload", "clipboard"],
-                visible=first.takes_start_image, elem_id=f"{media}-start-image",
-            )  # fmt: skip
-            with gr.Row():
-                seed = gr.Number(
-                    -1, label="Seed", info="-1: a random one", precision=0, minimum=-1, elem_id=f"{media}-seed"
-                )
-                count = gr.Slider(1, limits.max_count, value=1, step=1, label="Count", elem_id=f"{media}-count")
-            with gr.Row():
-                button = gr.Button("Generate", variant="primary", elem_id=f"{media}-generate")
-                stop = gr.Button("Stop", variant="stop", elem_id=f"{media}-stop")
-            for cls in tab.option_classes:
-                with gr.Group(visible=cls is first.technique.options_class()) as tab.groups[cls]:
-                    tab.controls[cls] = build_controls(cls, caps)
-            with gr.Accordion("Scheduler and acceleration", open=False):
-                scheduler = gr.Dropdown(
-                    ["default", "flow-euler", "flow-heun", "ddim", "ddpm", "dpm-solver", "unipc"], value="default",
-                    label="Scheduler", info="default: the checkpoint's own",
+        with gr.Column(scale=2, min_width=320, elem_classes="ask"):
+            with gr.Column():
+                model = gr.Dropdown(choices(offers), value=first.name, label="Model", elem_id=f"{media}-model")
+                uses_text = first.technique.options_class().condition == "prompt"
+                prompt = gr.Textbox(
+                    label="Prompt", info="what it shall show; Shift + Enter generates", lines=2, visible=uses_text,
+                    value=examples_of_tab[0], elem_id=f"{media}-prompt", max_length=limits.max_prompt,
+                    placeholder="for example: burger, 3d style",
                 )  # fmt: skip
-                for row in tab.accelerations():
-                    with gr.Group(visible=row.name in first.technique.accelerations) as tab.plugin_groups[row.name]:
-                        switch = gr.Checkbox(False, label=row.title, elem_id=f"{media}-{row.name}")
-                        tab.plugins[row.name] = (switch, build_controls(row.config_class(), {}))
-            upload = gr.File(
-                label="Load settings from a file made here", file_types=[".png", ".mp4", ".gif"], type="filepath",
-                height=130, elem_id=f"{media}-upload",
-            )  # fmt: skip
-        with gr.Column(scale=3, min_width=320):
+                examples = gr.Examples([[text] for text in examples_of_tab], [prompt], api_visibility="private")
+                label = gr.Dropdown(
+                    list(first.labels), label="Class", visible=not uses_text, allow_custom_value=True,
+                    value=first.labels[0] if first.labels else None, elem_id=f"{media}-label",
+                )  # fmt: skip
+                start_image = gr.Image(
+                    label="Start image: the first frame", type="filepath", height=160, sources=["upload", "clipboard"],
+                    visible=first.takes_start_image, elem_id=f"{media}-start-image",
+                )  # fmt: skip
+                with gr.Row():
+                    seed = gr.Number(
+                        -1, label="Seed", info="-1: a random one", precision=0, minimum=-1, elem_id=f"{media}-seed"
+                    )
+                    count = gr.Slider(1, limits.max_count, value=1, step=1, label="Count", elem_id=f"{media}-count")
+                with gr.Row():
+                    button = gr.Button("Generate", variant="primary", elem_id=f"{media}-generate")
+                    stop = gr.Button("Stop", variant="stop", elem_id=f"{media}-stop")
+            with gr.Column(elem_classes="tune"):
+                for cls in tab.option_classes:
+                    with gr.Group(visible=cls is first.technique.options_class()) as tab.groups[cls]:
+                        tab.controls[cls] = build_controls(cls, caps)
+                with gr.Accordion("Scheduler and acceleration", open=False):
+                    scheduler = gr.Dropdown(
+                        ["default", "flow-euler", "flow-heun", "ddim", "ddpm", "dpm-solver", "unipc"], value="default",
+                        label="Scheduler", info="default: the checkpoint's own", visible=first.takes_scheduler,
+                    )  # fmt: skip
+                    for row in tab.accelerations():
+                        with gr.Group(visible=row.name in first.accelerations) as tab.plugin_groups[row.name]:
+                            switch = gr.Checkbox(False, label=row.title, elem_id=f"{media}-{row.name}")
+                            tab.plugins[row.name] = (switch, build_controls(row.config_class(), {}))
+                upload = gr.File(
+                    label="Load settings from a file made here", file_types=[".png", ".mp4", ".gif"], type="filepath",
+                    height=170, elem_id=f"{media}-upload",
+                )  # fmt: skip
+        with gr.Column(scale=3, min_width=320, elem_classes="see"):
             status = gr.Markdown("Ready.", elem_id=f"{media}-status")
-            used = gr.Number(label="Seed used", interactive=False, precision=0, elem_id=f"{media}-used")
+            used = gr.Textbox(
+                label="Seed used", interactive=False, max_lines=1, placeholder="none yet", elem_id=f"{media}-used"
+            )
             preview = gr.Image(
                 label="In progress", height=192, interactive=False, format="png", buttons=[], elem_id=f"{media}-preview"
             )
@@ -271,7 +282,7 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
         yield from tab.generate(*values, request=request, progress=progress)
 
     inputs = [model, prompt, label, seed, count, scheduler, start_image, *tab.all_controls()]
-    shown = [prompt, examples.dataset, label, start_image, *tab.groups.values(), *tab.plugin_groups.values()]
+    shown = [prompt, examples.dataset, label, start_image, scheduler, *tab.groups.values(), *tab.plugin_groups.values()]
     shown += [switch for switch, _ in tab.plugins.values()]
     model.change(tab.on_model, [model], shown, api_visibility="private", queue=False)
     gr.on(

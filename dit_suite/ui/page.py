@@ -15,9 +15,18 @@ from dit_suite.ui.play_tab import PlayContext, build_play_tab
 from dit_suite.ui.settings import ServerSettings
 
 HISTORY = 60
-# Small pictures fill their frame with sharp pixels instead of lying in it as stamps.
+# Small pictures fill their frame with sharp pixels instead of lying in it as stamps. On a phone the results come right
+# below the Generate button, the options after them.
 STYLE = """
-#image-preview img, #video-preview img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
+#image-preview img, #video-preview img, #compare-difference img {
+  width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated
+}
+@media (max-width: 700px) {
+  .ask {display: contents !important}
+  .ask > * {flex: 1 1 100% !important}
+  .see {order: 1}
+  .tune {order: 2}
+}
 """
 
 
@@ -41,7 +50,11 @@ def build_page(settings: ServerSettings) -> gr.Blocks:
     videos = [offer for offer in available if offer.technique.task == "text-to-video"]
     games = tuple(offer.name for offer in available if offer.technique.task == "action-to-video")
     with gr.Blocks(title="dit_suite", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown(f"# dit_suite {dit_suite.__version__}\nEfficient diffusion transformers, one interface.")
+        gr.Markdown(
+            f"# dit_suite {dit_suite.__version__}\n"
+            "Efficient diffusion transformers: choose a model, say what it shall show, press Generate. "
+            "Compare shows what a speed-up changes; Play is a game that a model dreams."
+        )
         with gr.Tabs():
             if images:
                 with gr.Tab("Image"):

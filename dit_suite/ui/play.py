@@ -47,7 +47,7 @@ class PlayStats:
     Attributes:
         frames: frames played.
         game_fps: frames per second of the game as it runs: model, pauses, and waiting for other visitors included.
-        model_fps: frames per second of the model alone, over the last frames.
+        model_fps: frames per second of the model alone, over the last frames; work in pauses counts.
         hit_rate, discard_rate: see `SpeculationStats`.
         draft_length: length of the next draft.
         num_inference_steps: passes per frame.
@@ -106,6 +106,7 @@ class PlaySession:
         )
         self._seconds: deque[float] = deque(maxlen=TIMED_FRAMES)
         self._ends: deque[float] = deque(maxlen=TIMED_FRAMES)
+        self._ahead = 0.0  # seconds of work in pauses since the last frame
         self.actions: list[int] = []
         self.frames: list[np.ndarray] = []
         with self.lock, torch.no_grad():
@@ -165,7 +166,8 @@ class PlaySession:
             picture = self.picture(self.pipe.decode(sample[:, :, None])[0, :, 0])
             end = self._clock()
         with self._clip_lock:
-            self._seconds.append(end - begin)
+            self._seconds.append(end - begin + self._ahead)
+            self._ahead = 0.0
             self._ends.append(end)
             self.actions.append(int(action))
             self.frames.append(picture)
@@ -174,7 +176,11 @@ class PlaySession:
     def idle(self) -> bool:
         """Runs one frame ahead in a pause (run_ahead only); True when something was done."""
         with self.lock:
-            return self._machine.idle()
+            begin = self._clock()
+            worked = self._machine.idle()
+            if worked:
+                self._ahead += self._clock() - begin
+        return worked
 
     def stats(self) -> PlayStats:
         """Live figures."""

@@ -155,12 +155,12 @@ def enlarge(picture: np.ndarray) -> Image.Image:
 
 
 def start_pictures(pipe: Any) -> list[tuple[Image.Image, str]]:
-    """The start frames of a checkpoint with their numbers, then a grey picture for "the model dreams one"."""
+    """The start frames of a checkpoint with their numbers, then a grey picture: the model dreams one."""
     given = pipe.start_frames()
     frames = [] if given is None else [PlaySession.picture(frame) for frame in given]
     grey = np.random.default_rng(0).integers(96, 160, pipe.frame_size, dtype=np.uint8)
     tiles = [(enlarge(frame), str(number)) for number, frame in enumerate(frames)]
-    return [*tiles, (enlarge(np.stack([grey] * 3, axis=2)), "dream one")]
+    return [*tiles, (enlarge(np.stack([grey] * 3, axis=2)), "dream")]
 
 
 def start_choice(pipe: Any, index: int) -> int | None:
@@ -180,28 +180,50 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
     rooms = PlayRooms(context)
     pipe, _ = rooms.pipe(context.models[0])
     defaults = PlayOptions(frames_per_second=pipe.config.fps)
+    model = gr.Dropdown(list(context.models), value=context.models[0], label="Model", render=False)
+    private = {"api_visibility": "private"}
     with gr.Row():
         with gr.Column(scale=2, elem_id="play-stage"):
             screen = gr.Image(label="Game", format="jpeg", height=320, interactive=False, buttons=[])
             figures = gr.Markdown("Press Play, then use the arrow keys, WASD or the buttons.")
+
+            @gr.render(inputs=[model])
+            def action_buttons(name: str) -> None:
+                chosen, _ = rooms.pipe(name)
+                table = json.dumps(keys_of_actions(chosen.config.action_names))
+                gr.HTML(f"<span data-keys='{table}'></span>", elem_id="play-keys")
+                with gr.Row():
+                    for index, label in enumerate(chosen.config.action_names):
+                        button = gr.Button(label, size="sm", elem_id=f"play-action-{index}", min_width=48)
+
+                        def press(request: gr.Request, action: int = index) -> None:
+                            rooms.hold(request.session_hash, action)
+
+                        button.click(press, None, None, queue=False, show_progress="hidden", **private)
+
             with gr.Row():
                 start = gr.Button("Play", variant="primary", elem_id="play-start")
                 stop = gr.Button("Stop")
                 save = gr.Button("Save MP4")
             saved = gr.File(label="Recording", interactive=False, visible=False)
         with gr.Column(scale=1):
-            model = gr.Dropdown(list(context.models), value=context.models[0], label="Model")
+            model.render()
             begin = gr.State(start_choice(pipe, 0))
             starts = gr.Gallery(
-                start_pictures(pipe), label="Start frame", columns=3, height=340, object_fit="contain", format="png",
-                allow_preview=False, selected_index=0, interactive=False, buttons=[], elem_id="play-starts",
+                start_pictures(pipe), label="Start frame (grey: the model dreams one)", columns=3, height=430,
+                object_fit="contain", format="png", allow_preview=False, selected_index=0, interactive=False,
+                buttons=[], elem_id="play-starts",
             )  # fmt: skip
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-            steps = gr.Slider(1, 20, value=pipe.config.default_steps, step=1, label="Passes per frame")
             speed = gr.Slider(1, 60, value=defaults.frames_per_second, step=1, label="Frames per second")
-            speculation = gr.Radio(list(MODES), value=defaults.speculation, label="Speculation")
-            draft = gr.Slider(1, 8, value=defaults.draft_length, step=1, label="Longest draft")
-            adaptive = gr.Checkbox(defaults.adaptive_draft, label="Draft length follows the player")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+            with gr.Accordion("Advanced", open=False):
+                steps = gr.Slider(1, 20, value=pipe.config.default_steps, step=1, label="Passes per frame")
+                speculation = gr.Radio(
+                    list(MODES), value=defaults.speculation, label="Frames drafted ahead",
+                    info="run_ahead: in idle time, same frames; joint, staggered: several per pass, fewer passes",
+                )  # fmt: skip
+                draft = gr.Slider(1, 8, value=defaults.draft_length, step=1, label="Longest draft")
+                adaptive = gr.Checkbox(defaults.adaptive_draft, label="Draft length follows the player")
 
     def play(
         model: str, begin: int | None, seed: float, steps: float, speed: float, speculation: str, draft: float,
@@ -237,27 +259,12 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
         rooms.forget(request.session_hash)
 
     controls = [model, begin, seed, steps, speed, speculation, draft, adaptive]
-    private = {"api_visibility": "private"}
     game = start.click(
         play, controls, [screen, figures], concurrency_id="play", concurrency_limit=context.max_visitors,
         show_progress="hidden", **private,
     )  # fmt: skip
     stop.click(halt, None, None, queue=False, cancels=[game], **private)
     save.click(keep, None, [saved], **private)
-
-    @gr.render(inputs=[model])
-    def action_buttons(name: str) -> None:
-        chosen, _ = rooms.pipe(name)
-        table = json.dumps(keys_of_actions(chosen.config.action_names))
-        gr.HTML(f"<span data-keys='{table}'></span>", elem_id="play-keys")
-        with gr.Row():
-            for index, label in enumerate(chosen.config.action_names):
-                button = gr.Button(label, size="sm", elem_id=f"play-action-{index}", min_width=60)
-
-                def press(request: gr.Request, action: int = index) -> None:
-                    rooms.hold(request.session_hash, action)
-
-                button.click(press, None, None, queue=False, show_progress="hidden", **private)
 
     def switched(name: str) -> tuple[Any, Any, Any, Any]:
         chosen, _ = rooms.pipe(name)

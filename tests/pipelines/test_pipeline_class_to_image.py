@@ -97,6 +97,7 @@ def test_labels_by_id_and_by_name() -> None:
     [
         ("crane", "classes 2, 3: give the id"),
         ("goldfisch", "close names: goldfish"),
+        ("zzz", "there is no class 'zzz'; the names begin with "),
         ([5], "between 0 and 3, got 5"),
         ([-1], "between 0 and 3, got -1"),
         ([True], "ids or names"),

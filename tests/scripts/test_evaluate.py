@@ -77,7 +77,7 @@ def test_two_processes_give_the_number_of_one(model, reference, folder, capsys):
 
 
 def test_statistics_made_by_the_script_serve_as_reference(reference, folder, capsys, tmp_path):
-    statistics, results = tmp_path / "real.npz", tmp_path / "results" / "all.jsonl"
+    statistics, results = tmp_path / "new" / "real.npz", tmp_path / "results" / "all.jsonl"
     assert main(["--samples", str(reference), "--save-statistics", str(statistics), "--features", "random-conv"]) == 0
     assert capsys.readouterr().out == ""
     direct = score(capsys, "--samples", folder, "--reference", reference)
@@ -107,7 +107,7 @@ def test_bundled_references_are_complete_and_refuse_other_features(folder, capsy
     [
         (["--reference", "REAL"], "give --samples, or --generate"),
         (["--samples", "FOLDER", "--generate", "--model", "MODEL"], "not both"),
-        (["--samples", "FOLDER", "--reference", "nowhere"], "there is no nowhere"),
+        (["--samples", "FOLDER", "--reference", "nowhere"], "nowhere is no folder here, nor are there statistics of"),
         (["--samples", "EMPTY", "--reference", "REAL"], "holds no pictures"),
         (["--samples", "FOLDER", "--num-samples", "12", "--reference", "REAL"], "is incomplete: 1 samples"),
         (["--samples", "FOLDER", "--reference", "REAL", "--metrics", "foo"], "there is no metric 'foo'"),

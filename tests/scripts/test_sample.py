@@ -22,7 +22,7 @@ from dit_suite.models.acdit import ACDiTTransformer3DModel
 from dit_suite.pipelines.pipeline_acdit import ACDiTPipeline
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.video import read_video
-from scripts.sample import main
+from scripts.sample import main, read_actions
 from tests.tiny import save_tiny, tiny_text_to_video
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -146,8 +146,42 @@ def test_two_processes_one_killed_then_resumed(model, reference, tmp_path):
 def test_other_options_in_the_same_folder_are_refused(model, reference, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in reference.iterdir()}
     assert main([*arguments(model, reference), "--guidance-scale", "9"]) == 2
-    assert "holds samples made with another options" in capsys.readouterr().err
+    expected = "holds samples that were made otherwise: options.guidance_scale was 4.0 and is 9.0 now; choose another"
+    assert expected in capsys.readouterr().err
     assert {p.name: p.stat().st_mtime_ns for p in reference.iterdir()} == before
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(model, tmp_path, capsys):
+    (tmp_path / "taken").write_text("x")
+    assert main(arguments(model, tmp_path / "taken")) == 2
+    assert "taken is a file; choose a folder" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(model, tmp_path, capsys):
+    absent = "cuda:63"
+    assert main([a if a != "cpu" else absent for a in arguments(model, tmp_path)]) == 2
+    assert f"the device '{absent}' can't be used on this machine" in capsys.readouterr().err
+
+
+def test_a_plug_in_given_twice_is_refused(model, tmp_path, capsys):
+    twice = ["--accelerate", "bac:budget=2", "--accelerate", "bac:flop_fraction=0.5"]
+    assert main([*arguments(model, tmp_path), *twice]) == 2
+    assert "--accelerate names bac twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--seed", "5"], ["--dtype", "bfloat16"], ["--npz"], ["--num-samples", "3"]])
+def test_settings_beside_from_image_are_refused(reference, tmp_path, flags, capsys):
+    assert main(["--from-image", str(reference / "000002.png"), "--output", str(tmp_path), *flags]) == 2
+    assert f"leave out {flags[0]}" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_how_to_go_on(model, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dit_suite.sample_files.sample_batch", interrupted)
+    assert main(arguments(model, tmp_path)) == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_a_run_without_samples_does_not_bind_the_folder(model, tmp_path):
@@ -249,6 +283,24 @@ def test_acdit_writes_clips_where_its_network_has_frames(tmp_path, capsys):
     assert "a sheet is written for pictures" in capsys.readouterr().err
     assert main([*save_acdit(tmp_path / "pictures", 1), "--output", str(tmp_path / "d")]) == 0
     assert np.asarray(Image.open(tmp_path / "d" / "000000.png")).shape == (8, 8, 3)
+
+
+def test_actions_are_numbers_or_names(tmp_path):
+    path = tmp_path / "actions.json"
+    path.write_text('[["right", 1], [0]]')
+    assert read_actions(path) == (("right", 1), (0,))
+    for text, message in (("[[1.5]]", "must be numbers or names"), ("[[]]", "non-empty"), ("{", "can't be read")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_actions(path)
+    with pytest.raises(ValueError, match="there is no file"):
+        read_actions(tmp_path / "nothing.json")
+
+
+def test_a_network_with_a_scheduler_of_its_kind_takes_no_other(tmp_path, capsys):
+    command = ["--pipeline", "tarflow", "--class-labels", "1", "--scheduler", "ddim", "--device", "cpu"]
+    assert main([*command, "--output", str(tmp_path)]) == 2
+    assert "a scheduler of its kind only (GSJacobiScheduler)" in capsys.readouterr().err
 
 
 def test_an_actions_file_decides_the_clips_and_is_part_of_their_metadata(tmp_path):

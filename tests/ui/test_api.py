@@ -1,5 +1,6 @@
 """The server without a browser: endpoints, limits, cancelling, many clients, and who may reach it."""
 
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -184,6 +185,18 @@ def test_defaults_and_space(monkeypatch):
     monkeypatch.setenv("SPACE_ID", "owner/space")
     settings = app.read_settings([])
     assert (settings.host, settings.public) == ("0.0.0.0", True)
+
+
+def test_a_taken_port_is_one_sentence(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert app.main(["--port", str(port), "--output", str(tmp_path), "--device", "cpu"]) == 2
+    assert f"app.py: can't listen on port {port} of 127.0.0.1; choose another --port" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_named(capsys):
+    assert app.main(["--device", "cuda:63"]) == 2
+    assert "the device 'cuda:63' can't be used on this machine" in capsys.readouterr().err
 
 
 def test_bad_auth(capsys):

@@ -63,7 +63,7 @@ def status(page, pattern):
 
 
 def set_steps(page, steps):
-    box = page.get_by_label("number input for Num inference steps").first
+    box = page.get_by_label("number input for Steps").first
     box.fill(str(steps))
     box.press("Tab")
 
@@ -72,6 +72,8 @@ def test_generate(page, output):
     fill(page, "#image-prompt", "red apple, flat style")
     fill(page, "#image-seed", 7)
     set_steps(page, 4)
+    page.get_by_role("button", name="Advanced").first.click()  # controls without a value are drawn now
+    page.get_by_label("Height").first.wait_for()
     page.locator("#image-generate").click()
     status(page, "1 of 1 done")
     (path,) = made(output)

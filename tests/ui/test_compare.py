@@ -9,7 +9,8 @@ from dit_suite.caching.recorder import ProfileRecorder
 from dit_suite.call_options import TextToImageOptions
 from dit_suite.checkpoints import load_pipeline
 from dit_suite.metadata import read_record
-from dit_suite.ui.compare_tab import compare, difference_map, variant_job
+from dit_suite.ui.catalog import offers
+from dit_suite.ui.compare_tab import comparable, compare, difference_map, suggestions, variant_job
 from dit_suite.ui.engine import Engine, StopFlag, make_job
 from dit_suite.ui.settings import Limits
 from tests.tiny import save_tiny
@@ -66,6 +67,23 @@ def test_a_plug_in_is_part_of_the_variants_job(job):
     found = changed.to_dict()["accelerations"]["bac"]
     assert (found["flop_fraction"], found["granularity"]) == (0.5, "block")
     assert changed.seed == job.seed and job.accelerations == {}
+
+
+def test_the_first_press_fits_every_model_on_offer():
+    """The baseline has as many steps as a profile of the model, and a model without one is not offered BAC."""
+    found = {offer.name: (offer, *suggestions(offer, 200)) for offer in comparable(offers())}
+    assert {name: (steps, texts[:2]) for name, (_, steps, texts) in found.items()} == {
+        "emoji-pixart-64": (40, ["bac", "steps=14"]),
+        "emoji-ptdit-64": (20, ["bac", "steps=7"]),
+        "emoji-pixart-64-graft": (20, ["steps=7", "steps=10"]),
+    }
+    assert suggestions(found["emoji-pixart-64"][0], 30)[0] == 20
+    for name, (offer, steps, texts) in found.items():
+        options = offer.technique.options_class()(num_inference_steps=steps)
+        baseline = make_job(name, "red apple", options, seed=0)
+        for text in texts:
+            job = variant_job(baseline, text)
+            assert not job.accelerations or steps in offer.profile_steps
 
 
 def test_a_variant_with_a_cache_is_measured(tmp_path):

@@ -119,6 +119,22 @@ def test_frames_per_second_of_the_model_and_of_the_game_are_told_apart(pipe):
     assert "game 4.0 frames/s | model 50.0 frames/s" in stats.line()
 
 
+def test_frames_made_in_pauses_cost_the_model_their_time(pipe):
+    """A clock by hand: every frame is made in a pause and shown afterwards, both take a tick."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += 0.01
+        return now[0]
+
+    session = PlaySession(pipe, PlayOptions(speculation="run_ahead", adaptive_draft=False), clock=clock)
+    session.step(1)
+    for _ in range(60):
+        assert session.idle()
+        session.step(1)
+    assert session.stats().model_fps == pytest.approx(50)
+
+
 def test_a_game_saved_while_it_runs_has_an_action_for_every_frame(pipe, tmp_path):
     """The save comes at the worst moment: another thread asks for it while a frame is being added."""
     session = PlaySession(pipe, PlayOptions(frames_per_second=10))
@@ -199,13 +215,13 @@ def test_keys():
 
 def test_start_frames_are_chosen_by_their_pictures(pipe):
     tiles = start_pictures(pipe)
-    assert [label for _, label in tiles] == ["0", "1", "dream one"]
+    assert [label for _, label in tiles] == ["0", "1", "dream"]
     for number in range(2):
         picture = np.asarray(tiles[number][0])[16::32, 16::32]
         assert np.array_equal(picture, PlaySession(pipe, PlayOptions(start_frame=number)).frames[0])
     assert [start_choice(pipe, index) for index in range(3)] == [0, 1, None]
     bare = NFDPipeline(pipe.transformer, pipe.scheduler, action_names=NAMES)
-    assert [label for _, label in start_pictures(bare)] == ["dream one"]
+    assert [label for _, label in start_pictures(bare)] == ["dream"]
     assert start_choice(bare, 0) is None
 
 

@@ -20,8 +20,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tab(folder, tmp_path_factory):
-    """A tab with one model of every technique; only "pixart" can be opened."""
-    offers = [Offer(folder if row.name == "pixart" else row.name, row, ("a",)) for row in TECHNIQUES]
+    """A tab with one model of every technique; only "pixart" can be opened, and ACDiT's has no cache profile."""
+    offers = [
+        Offer(folder if row.name == "pixart" else row.name, row, ("a",), False, () if row.name == "acdit" else (20,))
+        for row in TECHNIQUES
+    ]
     with gr.Blocks():
         return build_generate_tab(Engine(tmp_path_factory.mktemp("output"), Limits()), offers, "image", Limits())
 
@@ -53,11 +56,12 @@ def test_a_model_shows_the_plug_ins_that_fit(tab, name):
     rows = [row.name for row in tab.accelerations()]
     shown, switches = updates[-2 * len(rows) : -len(rows)], updates[-len(rows) :]
     fitting = {row for row, update in zip(rows, shown, strict=True) if update["visible"]}
-    expected = {"wan": {"bac", "adaspa", "vmoba"}, "tarflow": set(), "lego": set()}.get(name, {"bac"})
+    none = {"tarflow": set(), "lego": set(), "acdit": set()}
+    expected = (none | {"wan": {"bac", "adaspa", "vmoba"}}).get(name, {"bac"})
     assert fitting == expected
     off = {row for row, update in zip(rows, switches, strict=True) if update.get("value", True) is False}
     assert off == set(rows) - expected
-    assert len(updates) == 4 + len(tab.groups) + 2 * len(rows)
+    assert len(updates) == 5 + len(tab.groups) + 2 * len(rows)
 
 
 def test_a_chosen_plug_in_reaches_the_job(tab, folder):
