@@ -161,10 +161,12 @@ class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, D
         latents: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
+        dtype: torch.dtype,
         guidance_channels: int | None = None,
     ) -> torch.Tensor:
         """The guided output of one step in float32, `(B, C, H, W)`, or `(B, 2C, H, W)` for a scheduler that uses the
-        learned variance (guidance leaves that half alone). Every evaluation runs under its own `StepContext`."""
+        learned variance (guidance leaves that half alone). `dtype` is the network's, whose look-up walks all modules.
+        Every evaluation runs under its own `StepContext`."""
         branches = step.branches if self.do_classifier_free_guidance else ("none",)
         null = torch.full_like(class_labels, self.null_class if self.null_class is not None else 0)
         labels = {
@@ -181,7 +183,7 @@ class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, D
                 model_input = self.scheduler.scale_model_input(model_input, timestep)
             with publish_step(plan.context(step, branch)), cache_context(self.transformer, branch):
                 outputs[branch] = self.transformer(
-                    model_input.to(self.transformer.dtype),
+                    model_input.to(dtype),
                     timestep=timestep.expand(len(model_input)),
                     class_labels=labels[branch],
                     return_dict=False,
@@ -264,12 +266,13 @@ class ClassToImagePipeline(ClassLabelsMixin, LatentImagesMixin, SamplingMixin, D
         plan = plan_steps(timesteps, order=self.scheduler.order, guidance=guidance, batched=batched_guidance)
         self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(self._latent_shape(len(ids), height, width), device, generator, latents)
+        dtype = self.transformer.dtype
 
         with self.progress_bar(total=plan.num_steps) as progress_bar:
             for index, (timestep, step) in enumerate(zip(timesteps, plan.steps, strict=True)):
                 if self.interrupt:
                     continue
-                prediction = self.predict(plan, step, latents, timestep, class_labels, guidance_channels)
+                prediction = self.predict(plan, step, latents, timestep, class_labels, dtype, guidance_channels)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_kwargs, return_dict=False)[0]
                 latents, class_labels = self.after_step(
                     callback_on_step_end, index, timestep, callback_inputs, latents=latents, class_labels=class_labels
