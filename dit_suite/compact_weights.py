@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from dit_suite.metadata import write_atomically, write_json
+from dit_suite.files import write_atomically, write_json
 
 FILE_NAME = "weights.int8.safetensors"
 SCALE = ".int8_scale"

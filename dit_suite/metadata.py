@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from dit_suite.files import write_atomically
+
 CHUNK = "dit_suite"
 VERSION = 1
 
@@ -43,16 +45,6 @@ def parameters_line(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Calls `write(temporary path)` beside `path`, then renames: the file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_png(image: Image.Image, path: Path, record: dict[str, Any] | None) -> None:
     """Writes a PNG whole or not at all, with `record` inside (None writes no metadata)."""
     info = PngImagePlugin.PngInfo()
@@ -60,12 +52,6 @@ def write_png(image: Image.Image, path: Path, record: dict[str, Any] | None) -> 
         info.add_itxt(CHUNK, json.dumps(record, sort_keys=True, ensure_ascii=False))
         info.add_itxt("parameters", parameters_line(record))
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
-
-
-def write_json(value: Any, path: Path) -> None:
-    """Writes JSON whole or not at all."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def parse_record(text: str, origin: str) -> dict[str, Any]:

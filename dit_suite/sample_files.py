@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from dit_suite.checkpoints import makes_clips
-from dit_suite.metadata import write_atomically, write_json, write_png
+from dit_suite.files import write_atomically, write_json
+from dit_suite.metadata import write_png
 from dit_suite.sampling import SamplingJob, batches, open_job, sample_batch, sample_record
 
 FOLDER_SIZE = 1000

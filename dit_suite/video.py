@@ -14,7 +14,8 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageSequence
 
-from dit_suite.metadata import parse_record, write_atomically, write_png
+from dit_suite.files import write_atomically
+from dit_suite.metadata import parse_record, write_png
 
 SUFFIXES = (".mp4", ".gif")
 _TAG = "comment"

@@ -17,7 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dit_suite.benchmarks import discover
-from dit_suite.metadata import versions, write_json
+from dit_suite.files import write_json
+from dit_suite.metadata import versions
 
 
 def hardware() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dit_suite.checkpoints import weights_sha256
-from dit_suite.metadata import write_json
+from dit_suite.files import write_json
 
 
 def read_card(path: Path) -> dict[str, str]:

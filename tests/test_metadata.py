@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from dit_suite.call_options import TextToImageOptions
-from dit_suite.metadata import read_record, write_atomically, write_png
+from dit_suite.files import write_atomically
+from dit_suite.metadata import read_record, write_png
 from dit_suite.sampling import SamplingJob, batches, job_of_record, sample_record
 
 JOB = SamplingJob(

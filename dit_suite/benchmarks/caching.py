@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_suite.metadata import write_json
+from dit_suite.files import write_json
 
 NAME = "caching"
 

@@ -23,7 +23,7 @@ import torch
 
 from dit_suite.benchmarks.held_out import HeldOut, distance_cells, save_sheet
 from dit_suite.checkpoints import Checkpoint, find_checkpoint
-from dit_suite.metadata import write_atomically, write_json
+from dit_suite.files import write_atomically, write_json
 
 NAME = "grafting"
 LONG = True

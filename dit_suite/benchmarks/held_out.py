@@ -26,7 +26,8 @@ from dit_suite.evaluation.options import EvaluationOptions
 from dit_suite.evaluation.runner import Evaluation, Inputs
 from dit_suite.evaluation.sources import FolderSource, ParquetSource
 from dit_suite.evaluation.statistics import FeatureSet, load_feature_set, save_feature_set
-from dit_suite.metadata import write_json, write_png
+from dit_suite.files import write_json
+from dit_suite.metadata import write_png
 from dit_suite.sampling import SamplingJob, batches, sample_batch
 
 STYLES = ("fluent-3d", "fluent-color", "fluent-flat", "noto", "noto-blob")

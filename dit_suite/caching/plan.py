@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from dit_suite.caching.schedule import (
     spread_schedule,
     step_lengths,
 )
+from dit_suite.files import write_atomically
 from dit_suite.options import Options, option
 
 FORMAT = "bac-schedule/1"
@@ -166,9 +166,8 @@ class BACSchedule:
                 {str(k): [round(w, 7) for w in v] for k, v in unit.items()} for unit in branch["weights"]
             ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({"format": FORMAT, **facts}) + "\n")
-        os.replace(temporary, path)
+        text = json.dumps({"format": FORMAT, **facts}) + "\n"
+        write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
         return path
 
     @classmethod
@@ -182,7 +181,7 @@ class BACSchedule:
         if not path.is_file():
             raise FileNotFoundError(f"there is no BAC schedule {path}")
         try:
-            facts = json.loads(path.read_text())
+            facts = json.loads(path.read_text("utf-8"))
             if facts.pop("format") != FORMAT:
                 raise ValueError(f"{path.name} is not a {FORMAT} file")
             facts["branches"] = {

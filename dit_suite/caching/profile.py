@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+
+from dit_suite.files import write_atomically
 
 FORMAT = "bac-profile/1"
 
@@ -207,9 +208,8 @@ class SimilarityProfile:
         facts["units"] = [dataclasses.asdict(unit) for unit in self.units]
         facts["format"] = FORMAT
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_bytes(save(tensors, metadata={"profile": json.dumps(facts)}))
-        os.replace(temporary, path)
+        content = save(tensors, metadata={"profile": json.dumps(facts)})
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
         return path
 
     @classmethod

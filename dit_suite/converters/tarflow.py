@@ -174,7 +174,7 @@ def read_source(source: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
             raise ConversionError(f"{shard.name} repeats the key {min(shared)}")
         merged.update(part)
     config_file = source / "config.json"
-    return merged, json.loads(config_file.read_text()) if config_file.is_file() else {}
+    return merged, json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
 
 
 def label_names(config: Mapping[str, Any]) -> dict[int, str] | None:

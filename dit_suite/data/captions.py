@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from dit_suite.data.packages import STYLES
-from dit_suite.metadata import write_atomically
+from dit_suite.files import write_atomically
 
 FILE_NAME = "captions.safetensors"
 _TAGS = 3

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_suite.metadata import write_json
+from dit_suite.files import write_json
 
 FILE_NAME = "labels.json"
 

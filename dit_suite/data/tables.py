@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dit_suite.metadata import write_atomically
+from dit_suite.files import write_atomically
 
 
 def write_text(path: Path, text: str) -> None:

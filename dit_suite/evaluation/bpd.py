@@ -81,7 +81,7 @@ def bits_per_dim(
             if len(rows) < len(batch):
                 raise ValueError(f"{len(class_labels)} class labels were given for more pictures")
             labels = torch.tensor(rows, device=model.device)
-        values.append(model.bits_per_dim(sample, labels).double().cpu())
+        values.append(model.bits_per_dim(sample, labels).cpu().double())
     if not values:
         raise ValueError("bits per dimension need at least one picture")
     every = torch.cat(values)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dit_suite.evaluation.distances import frechet_distance
-from dit_suite.metadata import write_atomically
+from dit_suite.files import write_atomically
 
 FORMAT_VERSION = 1
 

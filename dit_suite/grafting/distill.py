@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from dit_suite.caching.block_probe import find_blocks
+from dit_suite.files import write_atomically
 from dit_suite.grafting.plan import GraftPlan
 from dit_suite.grafting.surgery import branch_gate, operator_name, operator_places, pair_places
-from dit_suite.metadata import write_atomically
 from dit_suite.options import Options, option
 
 

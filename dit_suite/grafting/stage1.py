@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from dit_suite.checkpoints import SHARD_SIZE, Checkpoint
+from dit_suite.files import write_json
 from dit_suite.grafting.distill import DistillConfig, Distiller
 from dit_suite.grafting.locality import AttentionLocality
 from dit_suite.grafting.models import graft
 from dit_suite.grafting.plan import GraftPlan, count_parameters
 from dit_suite.grafting.surgery import block_list
-from dit_suite.metadata import write_json
 from dit_suite.sampling import SamplingJob, batches, open_job, sample_batch
 
 STATE_FILE, REPORT_FILE = "stage1.pt", "stage1.json"

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from dit_suite.checkpoints import find_checkpoint
-from dit_suite.metadata import write_atomically, write_png
+from dit_suite.files import write_atomically
+from dit_suite.metadata import write_png
 from dit_suite.options import Options
 from dit_suite.sampling import SamplingJob, StartImage, open_job, sample_batch, sample_record
 from dit_suite.ui.settings import Limits

@@ -10,7 +10,7 @@ import torch
 from dit_suite.benchmarks import lego, trained_backbones
 from dit_suite.benchmarks.lego import Pictures, borders, canvas_borders, end_columns, seam_ratio
 from dit_suite.data.labels import LabelTable
-from dit_suite.metadata import write_json
+from dit_suite.files import write_json
 from dit_suite.models.lego import LegoTransformer2DModel
 from dit_suite.pipelines.pipeline_lego import LegoPipeline
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
