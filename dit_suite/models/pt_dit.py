@@ -288,6 +288,7 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.gradient_checkpointing = False
+        self._tables: tuple[tuple, tuple[WindowLayout, torch.Tensor]] | None = None
         self.init_weights()
 
     @torch.no_grad()
@@ -323,6 +324,20 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         column = sincos_1d(torch.arange(width, device=device) / scale, (dim - time_dim) // 2)
         parts = (time[:, None, None], column[None, None], row[None, :, None])
         return torch.cat([part.expand(*grid, -1) for part in parts], dim=-1).reshape(-1, dim)
+
+    def grid_tables(
+        self, grid: tuple[int, int, int], windows: tuple[tuple[int, int, int], ...], device: torch.device
+    ) -> tuple[WindowLayout, torch.Tensor]:
+        """Layout and positions of a grid with what `resolve_windows` gave. Inference keeps those of the last grid: the
+        passes of a sampling run share them."""
+        key = (grid, windows, device)
+        keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if keep and self._tables is not None and self._tables[0] == key:
+            return self._tables[1]
+        tables = window_layout(grid, *windows, device), self.position_table(grid, device)
+        if keep:
+            self._tables = (key, tables)
+        return tables
 
     def resolve_windows(
         self, grid: tuple[int, int, int], compress_ratios: tuple[int, int, int] | None
@@ -375,11 +390,12 @@ class PTDiTTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin, PeftAdapt
         if height % patch or width % patch:
             raise ValueError(f"height and width must be multiples of the patch size {patch}, got {height} x {width}")
         grid = (frames, height // patch, width // patch)
-        window, proxy_window, shift = self.resolve_windows(grid, compress_ratios)
-        layout = window_layout(grid, window, proxy_window, shift, video.device)
+        windows = self.resolve_windows(grid, compress_ratios)
+        window = windows[0]
+        layout, positions = self.grid_tables(grid, windows, video.device)
 
         tokens = self.patch_embed(video.transpose(1, 2).flatten(0, 1)).reshape(batch, frames * grid[1] * grid[2], -1)
-        tokens = (tokens.float() + self.position_table(grid, video.device)).to(tokens.dtype)
+        tokens = (tokens.float() + positions).to(tokens.dtype)
         tokens = to_windows(tokens, grid, window)
         times = timestep.reshape(-1)
         if self.config.use_additional_conditions:

@@ -16,21 +16,27 @@ they do with hooks, adapters and other plug-ins, which therefore change the last
 from collections.abc import Iterable
 
 import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
 from torch import nn
 
-from dit_suite.models.dit_blocks import NORM_EPS, Attention, AttentionProcessor, modulate
+from dit_suite.models.dit_blocks import NORM_EPS, Attention, AttentionProcessor, CrossAttention, modulate
 from dit_suite.models.shifted_windows import WindowLayout
 
+# What a block is made of; anything else (adapters, quantised layers) has its own way to compute.
+PARTS = (nn.Linear, nn.LayerNorm, nn.ModuleList, nn.Dropout, Attention, CrossAttention, FeedForward, GELU)
 
-def is_untouched(module: nn.Module) -> bool:
-    """Whether nothing watches, wraps or replaces a part of this module, and its weights are plain float32."""
-    for part in module.modules():
-        if part._forward_hooks or part._forward_pre_hooks or part._compiled_call_impl or "forward" in vars(part):
+
+def is_untouched(block: nn.Module) -> bool:
+    """Whether nothing watches, wraps or replaces a part of this block, and its weights are plain float32."""
+    for part in block.modules():
+        kind, own = type(part), vars(part)
+        if kind not in PARTS and part is not block:
             return False
-        weight = getattr(part, "weight", None)
-        if weight is not None and (type(part), type(weight)) != (nn.Linear, nn.Parameter):
+        if part._forward_hooks or part._forward_pre_hooks or part._compiled_call_impl or "forward" in own:
             return False
-        if weight is not None and weight.dtype != torch.float32:
+        weight = own["_parameters"].get("weight")
+        if weight is not None and (type(weight) is not nn.Parameter or weight.dtype != torch.float32):
             return False
         if isinstance(part, Attention):
             processor = part.processor
@@ -61,10 +67,18 @@ def modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torc
     return modulate(normalized(x), shift, scale)
 
 
+def product(x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+    """`layer(x)` for `(batch, n, in)`. With the bias laid out first the product is added to it; given the bias as a
+    vector, the same product takes up to a seventh longer where the output is wide."""
+    out = layer.bias.expand(*x.shape[:-1], -1).contiguous()
+    out.flatten(0, 1).addmm_(x.flatten(0, 1), layer.weight.T)
+    return out
+
+
 def attended(attn: Attention, x: torch.Tensor, source: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Attention before its output projection, without the biases of keys and values: `(batch, n, dim)`."""
     linear = nn.functional.linear
-    query, key, value = attn.to_q(x), linear(source, attn.to_k.weight), linear(source, attn.to_v.weight)
+    query, key, value = product(x, attn.to_q), linear(source, attn.to_k.weight), linear(source, attn.to_v.weight)
     query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
     return nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
@@ -132,16 +146,23 @@ def add_text(
     return (residual + bias).baddbmm_(scores.softmax(dim=-1).flatten(2), writing.flatten(1, 2))
 
 
+def reordered(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """`x.index_select(1, order)`, which copies a row at a time only along the first dimension."""
+    if len(x) == 1:
+        return x[0].index_select(0, order)[None]
+    return x.index_select(1, order)
+
+
 def add_shifted(
     residual: torch.Tensor, block: nn.Module, modulation: torch.Tensor, layout: WindowLayout
 ) -> torch.Tensor:
     """`residual + block.attend_shifted(residual, ...)`."""
     shift, scale, gate = (block.proxy_scale_shift_table + modulation[:, :3]).unbind(1)
-    windows = modulated(residual.index_select(1, layout.order), shift, scale)
+    windows = modulated(reordered(residual, layout.order), shift, scale)
     windows = windows.unflatten(1, (-1, layout.window_tokens)).flatten(0, 1)
     mask = layout.mask.repeat(len(residual), 1, 1, 1)
     heads = attended(block.attn3, windows, windows, mask).reshape(residual.shape)
-    return add_two_linears(residual, heads.index_select(1, layout.inverse), block.attn3, block.linear_2, gate)
+    return add_two_linears(residual, reordered(heads, layout.inverse), block.attn3, block.linear_2, gate)
 
 
 def lean_attention(
@@ -150,7 +171,9 @@ def lean_attention(
     """The three branches that stand for self-attention: proxies, windows, shifted windows."""
     shift, scale, gate = (block.scale_shift_table + modulation)[:, :3].unbind(1)
     proxies = block.extract_proxies(hidden_states, layout.window, layout.proxy_window)
-    proxies = normalized(proxies + block.proxy_attn1(normalized(proxies)))
+    first, normed = block.proxy_attn1, normalized(proxies)
+    mixed = attended(first, normed, normed)
+    proxies = normalized(add_linear(proxies, mixed, first.to_out[0].weight, output_bias(first)))
     read = attended(block.pvisual_attn2, normalized(hidden_states), proxies)
     x = add_two_linears(hidden_states, read, block.pvisual_attn2, block.linear_1_visual)
 
@@ -172,5 +195,5 @@ def lean_block(
     shift, scale, gate = (block.scale_shift_table + modulation)[:, 3:].unbind(1)
     x = lean_attention(block, hidden_states, modulation, layout)
     x = add_text(x, block.attn2, encoder_hidden_states, encoder_attention_mask)
-    inner = torch.ops.aten.gelu_(block.ff.net[0].proj(modulated(x, shift, scale)), approximate="tanh")
+    inner = torch.ops.aten.gelu_(product(modulated(x, shift, scale), block.ff.net[0].proj), approximate="tanh")
     return add_linear(x, inner, block.ff.net[2].weight, block.ff.net[2].bias, gate)
