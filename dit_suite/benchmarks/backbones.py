@@ -193,6 +193,14 @@ def class_networks(routing: str) -> torch.nn.Module:
     return SwitchDiTTransformer2DModel(**dit_config("DiT-S/2"), routing=routing).eval()
 
 
+def share_blocks(network: torch.nn.Module, plain: torch.nn.Module) -> torch.nn.Module:
+    """`network` with the blocks of its plain twin: the weights that both have then lie in the same memory. Copies
+    timed in turn differ by where they lie and by what the cache still holds of them."""
+    for name in ("patch_embed", "time_embed", "label_embed", "transformer_blocks", "final_layer"):
+        setattr(network, name, getattr(plain, name))
+    return network
+
+
 def class_call(model: torch.nn.Module, latent: int, batch: int) -> Callable[[], Any]:
     """One guided sampling step: a batch at one timestep, expanded as pipelines do; it moves on with every call."""
     images, labels = torch.zeros(batch, model.config.in_channels, latent, latent), torch.arange(batch)
@@ -213,7 +221,7 @@ def class_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for name, routing in (("Switch-DiT", "experts"), ("DTR", "channels")):
         with torch.device(args.device):
-            network = class_networks(routing)
+            network = share_blocks(class_networks(routing), plain)
         times = paired(class_call(plain, 32, 2), class_call(network, 32, 2), args.pairs, args.device)
         flops = count_flops(lambda routing=routing: class_call(class_networks(routing), 32, 2))
         rows.append(
