@@ -5,42 +5,18 @@ returns dense attention with nothing but a warning. Torch also runs a compiled f
 switched off or has been tried too often; the function compiled here raises an error instead.
 """
 
-import functools
-import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-# Every shape, dtype and table width is a variant of its own; torch would give up after 8.
-_VARIANTS = 256
+from dit_suite.attention.compiling import compilation_is_off, compiler_missing, run_compiled
 
 
 def _flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
     if not torch.compiler.is_dynamo_compiling():
         raise RuntimeError("torch did not compile flex_attention, and its eager form ignores block tables")
     return flex_attention(query, key, value, **options)
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled_flex() -> Callable:
-    return torch.compile(_flex, dynamic=False, fullgraph=True)
-
-
-def _run_compiled(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
-    with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
-        return _compiled_flex()(query, key, value, **options)
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled_probe() -> Callable:
-    return torch.compile(lambda x: x + int(torch.compiler.is_dynamo_compiling()), backend="eager")
-
-
-def compilation_is_off() -> bool:
-    """Whether torch runs compiled functions eagerly now (`TORCH_COMPILE_DISABLE=1`, a forced eager stance)."""
-    return bool(torch._dynamo.config.disable) or not bool(_compiled_probe()(torch.zeros(())))
 
 
 def flex_unavailable(query: torch.Tensor, key: torch.Tensor, block_size: int, explicit: bool = False) -> str | None:
@@ -54,13 +30,11 @@ def flex_unavailable(query: torch.Tensor, key: torch.Tensor, block_size: int, ex
         return "torch's compilation is switched off" if compilation_is_off() else None
     if query.device.type != "cuda":
         return f"flex_attention is not compiled for {query.device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "no Triton compiler is installed"
     if block_size % 16:
         return f"blocks must be a multiple of 16 tokens, got {block_size}"
     if query.shape[-1] < 16:
         return f"head_dim must be at least 16, got {query.shape[-1]}"
-    return "torch's compilation is switched off" if compilation_is_off() else None
+    return compiler_missing()
 
 
 def flex_attention_tables(
@@ -94,8 +68,8 @@ def flex_attention_tables(
         options = {"BLOCK_M": block_size, "BLOCK_N": block_size}
     call = {"block_mask": block_mask, "scale": scale, "kernel_options": options or None}
     if not return_lse:
-        return _run_compiled(query, key, value, **call), None
+        return run_compiled(_flex, query, key, value, **call), None
     if query.device.type == "cpu":
         raise ValueError("flex_attention returns no log-sum-exp on CPU; use the grouped backend")
-    out, aux = _run_compiled(query, key, value, return_aux=AuxRequest(lse=True), **call)
+    out, aux = run_compiled(_flex, query, key, value, return_aux=AuxRequest(lse=True), **call)
     return out, aux.lse

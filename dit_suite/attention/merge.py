@@ -10,6 +10,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def flash_takes(query: torch.Tensor) -> bool:
+    """Whether torch's CUDA flash attention takes these tensors: half precision, head_dim a multiple of 8, Ampere on."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device)[0] >= 8
+    )
+
+
 def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
@@ -35,9 +47,9 @@ def attention_with_lse(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense softmax attention and the log-sum-exp of every row of scores.
 
-    Uses a fused kernel where torch has one that returns the log-sum-exp (CPU flash attention; CUDA flash attention in
-    half precision); a mask, a gradient or another device takes the two matrix products. Rows without an allowed key
-    give zeros and `-inf`.
+    Uses a fused kernel where torch has one that returns the log-sum-exp (CPU flash attention; CUDA flash attention, see
+    `flash_takes`); a mask, a gradient or other tensors take the two matrix products. Rows without an allowed key give
+    zeros and `-inf`.
 
     Args:
         query: `(batch, heads, q_len, head_dim)`.
@@ -55,8 +67,7 @@ def attention_with_lse(
         if query.device.type == "cpu":
             operands = (_unit_stride(query), _unit_stride(key), _unit_stride(value))
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*operands, scale=scale)
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        if query.device.type == "cuda" and half and torch.version.hip is None and query.shape[-1] % 8 == 0:
+        if flash_takes(query):
             fused = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)
             return fused[0], fused[1][..., : query.shape[-2]]
     return _two_products(query, key, value, scale, mask)

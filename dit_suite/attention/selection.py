@@ -4,7 +4,6 @@ Everything here decides per sample, so that a sample's result does not depend on
 gradient: selection is a constant of the backward pass.
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -30,7 +29,7 @@ def block_means(key: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
     batch, heads, _, dim = key.shape
     size = int(sizes[0])
     if bool((sizes == size).all()):
-        return key.to(dtype).view(batch, heads, -1, size, dim).mean(3)
+        return key.view(batch, heads, -1, size, dim).mean(3, dtype=dtype)
     blocks = torch.arange(sizes.shape[0]).repeat_interleave(sizes).to(key.device)
     sums = torch.zeros(batch, heads, sizes.shape[0], dim, dtype=dtype, device=key.device)
     return sums.index_add_(2, blocks, key.to(dtype)) / sizes.to(key.device, dtype)[:, None]
@@ -47,8 +46,8 @@ def own_block_mask(boundaries: torch.Tensor) -> torch.Tensor:
     return (tokens >= boundaries[:-1, None]) & (tokens < boundaries[1:, None])
 
 
-def _to_pools(gate: torch.Tensor, pool: str) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Flattens each pool into the last dimension; the second value undoes it."""
+def to_pools(gate: torch.Tensor, pool: str) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Lines up each pool of `(batch, heads, blocks, tokens)` in the last dimension; the second value undoes it."""
     batch, heads, blocks, tokens = gate.shape
     if pool == "query_head":
         return gate.transpose(-1, -2), lambda mask: mask.transpose(-1, -2)
@@ -81,40 +80,42 @@ def select_topk(gate: torch.Tensor, own: torch.Tensor, k: int, pool: str = "quer
         raise ValueError(f"k must be at least 1 (a token's own block), got {k}")
     _, heads, blocks, tokens = gate.shape
     per_pool = {"query_head": 1, "head_global": tokens, "overall": heads * tokens}[pool]
-    flat, restore = _to_pools(gate.masked_fill(own, float("inf")), pool)
+    flat, restore = to_pools(gate.masked_fill(own, float("inf")), pool)
     best = flat.argsort(dim=-1, descending=True, stable=True)[..., : min(k, blocks) * per_pool]
     return restore(torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, best, True))
 
 
-def heaviest_by_sorting(values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
-    """The fewest of the largest values of every row whose sum reaches `needed`, the one that reaches it included.
+def heaviest_by_sorting(ranks: torch.Tensor, values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+    """The fewest of every row, highest rank first, whose values sum to `needed`, the one that reaches it included.
 
-    The first of equal values goes first. A row that never reaches its sum keeps everything, one that needs nothing its
-    first largest value.
+    The first of equal ranks goes first. A row that never reaches its sum keeps everything, one that needs nothing its
+    first highest rank.
 
     Args:
-        values: `(..., length)`, from 0 to 1.
+        ranks: `(..., length)`.
+        values: `(..., length)`, from 0 to 1, not rising where ranks fall.
         needed: `(..., 1)`, not negative; sums are taken in its type.
 
     Returns:
-        bool mask like `values`.
+        bool mask like `ranks`.
     """
-    ranked, order = values.sort(dim=-1, descending=True, stable=True)
-    reached = ranked.cumsum(-1, dtype=needed.dtype) >= needed
+    order = ranks.argsort(dim=-1, descending=True, stable=True)
+    reached = values.gather(-1, order).cumsum(-1, dtype=needed.dtype) >= needed
     return torch.zeros_like(reached).scatter_(-1, order, reached.cumsum(-1) - reached.long() == 0)
 
 
-def heaviest_by_buckets(values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+def heaviest_by_buckets(ranks: torch.Tensor, values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
     """What `heaviest_by_sorting` gives, for long rows on CPU: only the values around the last one kept are sorted.
 
     One pass sums the values of each of `_BUCKETS` equal ranges, in chunks; the ranges above the one in which the sum is
     reached are kept whole. `needed` is float64.
     """
-    rows, sums = values.reshape(-1, values.shape[-1]), needed.reshape(-1)
-    return torch.stack([_heaviest_of_row(row, sum_) for row, sum_ in zip(rows, sums, strict=True)]).view(values.shape)
+    length = ranks.shape[-1]
+    rows = zip(ranks.reshape(-1, length), values.reshape(-1, length), needed.reshape(-1), strict=True)
+    return torch.stack([_heaviest_of_row(*row) for row in rows]).view(ranks.shape)
 
 
-def _heaviest_of_row(values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+def _heaviest_of_row(ranks: torch.Tensor, values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
     mass = torch.zeros(_BUCKETS + 1, dtype=torch.float64)
     for part in values.split(_CHUNK):
         mass += torch.bincount((part * _BUCKETS).long(), weights=part.double(), minlength=_BUCKETS + 1)
@@ -127,16 +128,28 @@ def _heaviest_of_row(values: torch.Tensor, needed: torch.Tensor) -> torch.Tensor
     lowest, highest = (_BUCKETS - index) / _BUCKETS, (_BUCKETS - index + 1) / _BUCKETS
     kept = values >= highest
     bucket = ((values >= lowest) & ~kept).nonzero().squeeze(1)
-    kept[bucket[heaviest_by_sorting(values[bucket], (needed - above)[None])]] = True
+    kept[bucket[heaviest_by_sorting(ranks[bucket], values[bucket], (needed - above)[None])]] = True
     return kept
+
+
+def normalised(gate: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Gates from 0 at their pool's lowest to 1 at its highest; a pool without a span is only shifted."""
+    span = high - low
+    return (gate - low) / torch.where(span <= _EPS, torch.ones_like(span), span)
+
+
+def still_needed(total: torch.Tensor, foreign: torch.Tensor, tau: float) -> torch.Tensor:
+    """Similarity that foreign pairs have to bring, given a pool's sum over all pairs and over foreign pairs."""
+    return (tau * (total + _EPS) - (total - foreign)).clamp(min=0.0)
 
 
 @torch.no_grad()
 def select_threshold(gate: torch.Tensor, own: torch.Tensor, tau: float, pool: str = "head_global") -> torch.Tensor:
     """Keeps own blocks and then the best pairs until their min-max normalised gates sum to `tau` of the pool's total.
 
-    The pair that reaches the sum is included, so even tau = 0 keeps one extra pair per pool. tau >= 1 keeps everything.
-    Shifting a pool's gates or scaling them by a positive number changes nothing.
+    Own pairs are not ranked: their share counts first, foreign pairs bring the rest. The pair that reaches the sum is
+    included, so even tau = 0 keeps one extra pair per pool. tau >= 1 keeps everything. Shifting a pool's gates or
+    scaling them by a positive number changes nothing.
 
     Args:
         gate: `(batch, heads, blocks, tokens)`.
@@ -155,17 +168,16 @@ def select_threshold(gate: torch.Tensor, own: torch.Tensor, tau: float, pool: st
         raise ValueError(f"pool must be one of {', '.join(POOLS)}, got {pool!r}")
     if tau >= 1.0:
         return torch.ones_like(gate, dtype=torch.bool)
-    flat, restore = _to_pools(gate, pool)
-    is_own, _ = _to_pools(own.expand_as(gate), pool)
-    low, high = flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True)
-    span = high - low
-    similarity = (flat - low) / torch.where(span <= _EPS, torch.ones_like(span), span)
+    flat, restore = to_pools(gate, pool)
+    is_own, _ = to_pools(own.expand_as(gate), pool)
+    similarity = normalised(flat, flat.amin(-1, keepdim=True), flat.amax(-1, keepdim=True))
     foreign = similarity.masked_fill(is_own, 0.0)
     precise = torch.float32 if flat.device.type == "mps" else torch.float64
     total, foreign_sum = (part.sum(-1, keepdim=True, dtype=precise) for part in (similarity, foreign))
-    needed = (tau * (total + _EPS) - (total - foreign_sum)).clamp(min=0.0)
+    needed = still_needed(total, foreign_sum, tau)
     in_buckets = flat.device.type == "cpu" and flat.shape[-1] > _BUCKETS
-    kept = (heaviest_by_buckets if in_buckets else heaviest_by_sorting)(foreign, needed)
+    heaviest = heaviest_by_buckets if in_buckets else heaviest_by_sorting
+    kept = heaviest(flat.masked_fill(is_own, float("-inf")), foreign, needed)
     return restore(kept | is_own)
 
 
@@ -194,45 +206,3 @@ def select_pairs(
         heads = zip(q.split(1, dim=1), m.split(1, dim=1), strict=True)
         rows.append(torch.cat([choose(block_gate(head_q, head_m)) for head_q, head_m in heads], dim=1))
     return torch.cat(rows)
-
-
-def _topk_chunk(query: torch.Tensor, means: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
-    scores = torch.matmul(query, means.transpose(-1, -2)).float()
-    blocks = torch.arange(means.shape[-2], device=query.device)
-    scores = scores.masked_fill(own[:, None] == blocks, float("-inf"))
-    return scores.topk(k, dim=-1, sorted=False).indices
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled_topk_chunk() -> Callable:
-    return torch.compile(_topk_chunk, dynamic=False)
-
-
-@torch.no_grad()
-def foreign_topk(
-    query: torch.Tensor, means: torch.Tensor, own: torch.Tensor, k: int, chunk: int = 8192, compiled: bool = False
-) -> torch.Tensor:
-    """The `k` best foreign blocks of every token and head, without ever holding the whole gate.
-
-    The default path of top-k per query. With `compiled` the scores, the own-block mask and the top-k of a chunk are one
-    compiled region; half-precision queries are multiplied in half precision, which can swap near-equal blocks.
-
-    Args:
-        query: `(batch, heads, tokens, head_dim)` in block order.
-        means: `(batch, heads, blocks, head_dim)`.
-        own: int64 `(tokens,)`, the block of each token.
-        k: foreign blocks to keep (capped at blocks - 1).
-
-    Returns:
-        int64 `(batch, heads, tokens, k)`, in no particular order.
-    """
-    k = min(k, means.shape[-2] - 1)
-    if k < 1:
-        return torch.empty(*query.shape[:3], 0, dtype=torch.int64, device=query.device)
-    run = _compiled_topk_chunk() if compiled else _topk_chunk
-    dtype = query.dtype if compiled else means.dtype
-    means = means.to(dtype)
-    parts = [
-        run(q.to(dtype), means, block, k) for q, block in zip(query.split(chunk, dim=2), own.split(chunk), strict=True)
-    ]
-    return torch.cat(parts, dim=2)

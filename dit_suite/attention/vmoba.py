@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dit_suite.attention import selection
+from dit_suite.attention import selection, selection_chunked
 from dit_suite.attention.block_sparse import WorkCounter
 from dit_suite.attention.merge import accumulation_dtype, attention_with_lse
 from dit_suite.attention.partition import Grid, Partition, auto_block, partition_on
@@ -113,11 +113,14 @@ def select(query: torch.Tensor, key: torch.Tensor, parts: Partition, config: VMo
     """Foreign pairs (own blocks left out) of every (sample, head, block)."""
     means = selection.block_means(key, parts.boundaries)
     k = config.kept_blocks(kind, parts.num_blocks)
+    compiled = selection_chunked.chunked_unavailable(query) is None
     if config.select == "topk" and config.pool == "query_head":
-        compiled = query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16)
-        chosen = selection.foreign_topk(query, means, parts.block_of_token, k - 1, compiled=compiled)
+        chosen = selection_chunked.foreign_topk(query, means, parts.block_of_token, k - 1, compiled=compiled)
         return pairs_from_indices(chosen, parts.num_blocks)
-    mask = selection.select_pairs(query, means, parts.boundaries, config.select, config.pool, k, config.tau)
+    rule = (config.select, config.pool, k, config.tau)
+    if compiled:
+        return pairs_from_mask(selection_chunked.foreign_mask(query, means, parts.block_of_token, *rule, compiled=True))
+    mask = selection.select_pairs(query, means, parts.boundaries, *rule)
     return pairs_from_mask(mask & ~selection.own_block_mask(parts.boundaries).to(mask.device))
 
 

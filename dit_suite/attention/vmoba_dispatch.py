@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd.function import once_differentiable
 
-from dit_suite.attention.merge import accumulation_dtype, attention_with_lse
+from dit_suite.attention.merge import accumulation_dtype, attention_with_lse, flash_takes
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _own_attention(
 
 def varlen_available(query: torch.Tensor) -> bool:
     """Whether selected pairs run in one variable-length flash attention call; otherwise one call per chosen block."""
-    return query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
+    return flash_takes(query)
 
 
 def _foreign_varlen(

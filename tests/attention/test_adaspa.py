@@ -226,11 +226,10 @@ def test_keep_diagonal():
     assert result.counts.unique().tolist() == [2]
 
 
-def test_cached_search_equals_fused_and_survives_a_shift_per_block():
+def test_a_stale_lse_shifted_per_block_gives_the_same_table():
     query, key, _ = _qkv(96)
     lse = _lse(query, key)
     mass = block_mass(query, key, lse, 16)
-    assert torch.equal(block_mass(query, key, lse.clone(), 16), mass)
     shifted = lse + torch.linspace(-1, 1, 6, dtype=torch.float64).repeat_interleave(16)
     for sparsity in (0.5, 0.8):
         tables = [build_table(m, torch.full((1, 3), sparsity)) for m in (mass, block_mass(query, key, shifted, 16))]

@@ -1,12 +1,13 @@
 """Every backend of block_sparse_attention against the dense-mask oracle, and what `auto` chooses."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_suite.attention import backend_flex
+from dit_suite.attention import backend_flex, compiling
 from dit_suite.attention.block_sparse import (
     WorkCounter,
     block_count,
@@ -16,7 +17,7 @@ from dit_suite.attention.block_sparse import (
     mask_from_table,
     table_from_mask,
 )
-from dit_suite.attention.merge import attention_with_lse, merge_by_lse
+from dit_suite.attention.merge import attention_with_lse, flash_takes, merge_by_lse
 
 gpu = pytest.mark.gpu
 
@@ -176,6 +177,19 @@ def test_merge_by_lse_joins_disjoint_keys():
     assert empty.isinf().all()
 
 
+def test_cuda_flash_attention_is_left_out_where_it_would_fail(monkeypatch):
+    """Turing and older, float32, odd or long heads and AMD take the two products (or VMoBA's loop) instead."""
+
+    def takes(dim=64, dtype=torch.bfloat16, device="cuda", capability=(9, 0), hip=None):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        return flash_takes(SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 2, 5, dim)))
+
+    assert takes() and takes(256, torch.float16, capability=(8, 0))
+    assert not takes(capability=(7, 5)) and not takes(dtype=torch.float32) and not takes(hip="6.4")
+    assert not takes(dim=12) and not takes(dim=264) and not takes(device="cpu")
+
+
 def test_auto_on_cpu_is_grouped_and_says_why():
     query, key, _ = _tensors(1, 1, 32, 32, 16)
     choice = choose_backend(query, key, 16)
@@ -202,8 +216,8 @@ def test_bad_input_is_one_sentence():
 def test_flex_is_refused_where_torch_does_not_compile():
     query, key, value = _tensors(1, 1, 32, 32, 16)
     table, counts, _ = _random_table(1, 1, 32, 32, 16, 0.5)
-    assert not backend_flex.compilation_is_off()
-    assert not torch.compiler.disable(backend_flex.compilation_is_off)()  # how the plug-in's backend is called
+    assert not compiling.compilation_is_off()
+    assert not torch.compiler.disable(compiling.compilation_is_off)()  # how the plug-in's backend is called
     for off in (torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(disable=True)):
         with off:
             with pytest.raises(ValueError, match="compilation is switched off"):
@@ -216,7 +230,7 @@ def test_flex_is_refused_where_torch_does_not_compile():
 def test_flex_never_turns_eager_after_many_variants(monkeypatch):
     """Torch gives up on a function after 8 variants and runs it eagerly, which here would be dense attention."""
     compiled = torch.compile(backend_flex._flex, dynamic=False, fullgraph=True, backend="eager")
-    monkeypatch.setattr(backend_flex, "_compiled_flex", lambda: compiled)
+    monkeypatch.setattr(compiling, "_compiled", lambda function: compiled)
 
     def run(length):
         query, key, value = _tensors(1, 1, length, length, 16)
@@ -227,7 +241,7 @@ def test_flex_never_turns_eager_after_many_variants(monkeypatch):
     with torch.no_grad():
         for blocks in range(1, 10):
             run(16 * blocks)
-        monkeypatch.setattr(backend_flex, "_VARIANTS", 9)
+        monkeypatch.setattr(compiling, "VARIANTS", 9)
         with pytest.raises(Exception, match="fullgraph"):
             run(16 * 10)
     torch._dynamo.reset()

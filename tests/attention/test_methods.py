@@ -73,6 +73,22 @@ def test_a_log_sum_exp_kept_in_less_room(dtype):
     assert (recalls[dtype] - recalls["float32"]).abs().max() < 0.02
 
 
+@pytest.mark.parametrize("name", ["wan", "hunyuan", "cogvideox"])
+def test_a_cached_search_on_the_same_input_finds_what_the_fused_one_found(name):
+    """The first layer sees the same tokens at both steps; its weights, with and without text, are counted alike."""
+    model, given = build(name), getattr(tiny_models, f"{name}_inputs")()
+    config = AdaSpaConfig(sparsity=0.75, block_size=16, search_steps=(0.0, 1), min_tokens=0)
+    run, found = Run(), []
+    with apply_adaspa(model, config) as handle:
+        for step in range(2):
+            _run_steps(model, given, [step], run=run)
+            found.append(next(s for key, s in handle.method._runs[run].items() if key[2] == 0).result)
+        assert handle.stats()["layers"][0]["cached_searches"] == 1
+    fused, cached = found
+    assert cached is not fused and torch.equal(cached.table, fused.table)
+    assert (cached.recall - fused.recall).abs().max() < 1e-5 and fused.recall.max() < 0.999
+
+
 def test_a_search_that_first_block_cache_skipped_happens_at_the_next_step_that_runs():
     """Step 2 searches and the cache skips it behind the first block; the input changes at step 3."""
     model, given = build("wan"), tiny_models.wan_inputs()

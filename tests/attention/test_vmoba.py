@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_suite.attention import selection, vmoba_dispatch
+from dit_suite.attention import selection, selection_chunked, vmoba_dispatch
 from dit_suite.attention.block_sparse import WorkCounter
 from dit_suite.attention.partition import auto_block, auto_tile, partition
 from dit_suite.attention.vmoba import VMoBAConfig, masked_oracle, transformer_flops, vmoba_attention
@@ -149,9 +149,9 @@ def test_threshold_is_a_sorted_prefix_and_monotone(pool):
         assert (larger | ~smaller).all()
     assert masks[0].sum() < masks[2].sum() < masks[5].sum() == gate.numel()
 
-    flat, _ = selection._to_pools(gate, pool)
-    kept, _ = selection._to_pools(masks[2], pool)
-    is_own, _ = selection._to_pools(own.expand_as(gate), pool)
+    flat, _ = selection.to_pools(gate, pool)
+    kept, _ = selection.to_pools(masks[2], pool)
+    is_own, _ = selection.to_pools(own.expand_as(gate), pool)
     lowest_kept = flat.masked_fill(~kept | is_own, float("inf")).amin(-1)
     highest_left = flat.masked_fill(kept | is_own, float("-inf")).amax(-1)
     assert (lowest_kept >= highest_left).all()
@@ -184,8 +184,8 @@ def test_buckets_keep_what_sorting_keeps(kind, buckets, monkeypatch):
     counts = []
     for needed in (0.0, totals * 0.1, totals * 0.5, totals * 0.9, totals + 1.0):
         needed = torch.as_tensor(needed, dtype=torch.float64).expand(6, 1)
-        kept = selection.heaviest_by_sorting(values, needed)
-        assert torch.equal(selection.heaviest_by_buckets(values, needed), kept)
+        kept = selection.heaviest_by_sorting(values, values, needed)
+        assert torch.equal(selection.heaviest_by_buckets(values, values, needed), kept)
         for row, mask, least in zip(values.double(), kept, needed[:, 0], strict=True):
             assert mask.all() or row[mask].sum() >= least - 1e-9
             assert mask.all() or row[mask].sum() - row[mask].min() <= least
@@ -194,8 +194,30 @@ def test_buckets_keep_what_sorting_keeps(kind, buckets, monkeypatch):
     assert counts == sorted(counts) and counts[0] == 6 and counts[-1] == values.numel()
     if kind == "all equal":
         halves = torch.full((6, 1), 0.25 * 100, dtype=torch.float64)
-        assert selection.heaviest_by_buckets(values, halves)[:, :100].all()
-        assert selection.heaviest_by_buckets(values, halves).sum() == 600
+        assert selection.heaviest_by_buckets(values, values, halves)[:, :100].all()
+        assert selection.heaviest_by_buckets(values, values, halves).sum() == 600
+
+
+def test_equal_values_go_by_rank(monkeypatch):
+    """Gates that normalise to the same similarity still differ."""
+    monkeypatch.setattr(selection, "_BUCKETS", 4)
+    values = _rows("tied")
+    ranks = values + torch.rand(6, 500, generator=torch.Generator().manual_seed(4)) * 0.2
+    needed = values.sum(-1, keepdim=True, dtype=torch.float64) * 0.3
+    kept = selection.heaviest_by_sorting(ranks, values, needed)
+    assert torch.equal(selection.heaviest_by_buckets(ranks, values, needed), kept)
+    assert (ranks.masked_fill(~kept, 9.0).amin(-1) > ranks.masked_fill(kept, -9.0).amax(-1)).all()
+    assert not torch.equal(selection.heaviest_by_sorting(values, values, needed), kept)
+
+
+@pytest.mark.parametrize("pool", selection.POOLS)
+def test_own_pairs_are_never_the_extra_one(pool):
+    """A gate of equal numbers at tau 0: the pair kept on top of the own blocks is the pool's first foreign one."""
+    parts = partition(GRID, (2, 3, 3))
+    own = selection.own_block_mask(parts.boundaries)
+    foreign = selection.select_threshold(torch.zeros(1, 2, 8, 144), own, 0.0, pool) & ~own
+    first, _ = selection.to_pools((~own).expand_as(foreign), pool)
+    assert torch.equal(selection.to_pools(foreign, pool)[0], first & (first.cumsum(-1) == 1))
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=[p.stem for p in GOLDEN])
@@ -350,8 +372,8 @@ def test_foreign_topk_is_independent_of_the_chunk():
     query, key, _ = _qkv(batch=2)
     parts = partition(GRID, (2, 3, 3))
     q, means = parts.permute(query, 2), selection.block_means(parts.permute(key, 2), parts.boundaries)
-    whole = selection.foreign_topk(q, means, parts.block_of_token, 3).sort(-1).values
-    chunked = selection.foreign_topk(q, means, parts.block_of_token, 3, chunk=10).sort(-1).values
+    whole = selection_chunked.foreign_topk(q, means, parts.block_of_token, 3).sort(-1).values
+    chunked = selection_chunked.foreign_topk(q, means, parts.block_of_token, 3, chunk=10).sort(-1).values
     assert torch.equal(whole, chunked)
     mask = selection.select_topk(_gate(query, key, parts), selection.own_block_mask(parts.boundaries), 4)
     from_indices = torch.zeros_like(mask).transpose(-1, -2).scatter(-1, whole, True).transpose(-1, -2)
