@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the planner used seeds from 1000000 on")
     parser.add_argument("--methods", choices=("all", "fixed", "planned"), default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cuda-graphs", action="store_true", help="sequential blocks as CUDA graphs, on both sides")
     parser.add_argument("--features", choices=("enet-lite0", "random-conv", "none"), default="none")
 
 
@@ -91,11 +92,12 @@ class Bench:
     pipe: Any
     guidance: FlowGuidance
     device: str
+    scheduler: GSJacobiScheduler = field(default_factory=GSJacobiScheduler)
 
     def sample(self, method: Method, noise: torch.Tensor, labels: torch.Tensor | None, keep: bool = True) -> None:
         """Inverts one batch of tokens and books what it took."""
         model, tokens = self.pipe.transformer, self.pipe.transformer.scale_noise(noise)
-        scheduler, count = GSJacobiScheduler(), len(self.pipe.transformer.blocks)
+        scheduler, count = self.scheduler, len(self.pipe.transformer.blocks)
         calls, bfloat16, passes, sweeps = 0, 0, 0.0, []
         _sync(self.device)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -169,6 +171,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.model} is not a planned TarFlow: run scripts/plan_tarflow.py on it first")
     config = pipe.transformer.config
     bench = Bench(pipe, FlowGuidance(args.guidance_scale - 1.0, annealed=True), args.device)
+    bench.scheduler.set_cuda_graphs(args.cuda_graphs)
     rows, denoise = methods(pipe, args.methods), []
     for start in range(0, args.num_samples, args.batch_size):
         indices = range(start, start + args.batch_size)
@@ -219,5 +222,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "cpu_seconds": statistics.median(score_cpu),
         }
     )
-    settings = {name: getattr(args, name) for name in ("batch_size", "num_samples", "guidance_scale", "seed", "device")}
+    settings = {
+        name: getattr(args, name)
+        for name in ("batch_size", "num_samples", "guidance_scale", "seed", "device", "cuda_graphs")
+    }
     return {"rows": table, "settings": settings, "strategies": [str(s) for s in rows[1].strategies]}
