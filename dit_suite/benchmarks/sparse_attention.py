@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dit_suite.benchmarks.sparse_bundle import bundle_rows, length_rows
-from dit_suite.benchmarks.sparse_gpu import gpu_rows
+from dit_suite.benchmarks.sparse_gpu import SHAPES, gpu_rows
 from dit_suite.benchmarks.sparse_kernels import kernel_rows
 
 NAME = "sparse-attention"
@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = ["8x32x32", "16x32x32", "16x32x64", "16x64x64"]
     parser.add_argument("--sizes", nargs="+", default=sizes, help="FRAMESxHEIGHTxWIDTH of clips for --part lengths")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    names = [name for name, _, _ in SHAPES]
+    parser.add_argument("--gpu-shapes", nargs="+", choices=names, default=names, help="of --part gpu")
+    parser.add_argument("--gpu-rows", nargs="+", choices=("layer", "model"), default=["layer", "model"])
     parser.add_argument("--gpu-layers", type=int, default=2, help="full-width layers built for --part gpu")
 
 
@@ -62,6 +65,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.part == "gpu" and not torch.cuda.is_available():
         raise ValueError("--part gpu needs a CUDA device")
     if args.part in ("all", "gpu") and torch.cuda.is_available():
-        rows += gpu_rows(args.gpu_layers, args.repeats)
+        rows += gpu_rows(args.gpu_shapes, args.gpu_rows, args.gpu_layers, args.repeats)
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output"}
     return {"rows": rows, "arguments": given}

@@ -139,10 +139,16 @@ def _model_rows(
     ]
 
 
-def gpu_rows(layers: int, repeats: int) -> list[dict[str, Any]]:
-    """Rows for every shape; needs CUDA."""
+def gpu_rows(shapes: list[str], kinds: list[str], layers: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows for every shape; needs CUDA. Rows are printed as they come: a run that is cut off has said what it found."""
     rows: list[dict[str, Any]] = []
     for name, grid, heads in SHAPES:
-        rows += _layer_rows(name, grid, heads, repeats)
-    rows += _model_rows("wan2.1-1.3b", _wan, (21, 45, 80), layers, repeats)
-    return rows + _model_rows("hunyuan", _hunyuan, (33, 45, 80), layers, repeats)
+        if name not in shapes:
+            continue
+        found = _layer_rows(name, grid, heads, repeats) if "layer" in kinds else []
+        if "model" in kinds:
+            found += _model_rows(name, _hunyuan if name.startswith("hunyuan") else _wan, grid, layers, repeats)
+        for row in found:
+            print(row, flush=True)
+        rows += found
+    return rows
