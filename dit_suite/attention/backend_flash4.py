@@ -65,3 +65,41 @@ def flash4_attention(
     )
     out, lse = (result[0], result[1]) if isinstance(result, tuple) else (result, None)
     return out.transpose(1, 2), lse if return_lse else None
+
+
+def flash4_varlen_unavailable(query: torch.Tensor) -> str | None:
+    """Why flash-attn-4 cannot run sequences of different lengths for these tensors; None if it can."""
+    return flash4_unavailable(query, query, _BLOCK)
+
+
+def flash4_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of many pairs of sequences laid end to end, each query sequence over its own keys.
+
+    Args:
+        query, key, value: `(rows, head_dim)` of one head.
+        cu_q, cu_k: int32 `(sequences + 1,)`, where each begins.
+        max_q, max_k: the longest.
+
+    Returns:
+        output `(rows, head_dim)` and the log-sum-exp `(rows,)`.
+    """
+    interface = importlib.import_module("flash_attn.cute.interface")
+    out, lse = interface.flash_attn_varlen_func(
+        *(t[:, None].contiguous() for t in (query, key, value)),
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        max_seqlen_q=max_q,
+        max_seqlen_k=max_k,
+        softmax_scale=scale,
+        return_lse=True,
+    )[:2]
+    return out[:, 0], lse.reshape(-1)

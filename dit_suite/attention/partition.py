@@ -36,12 +36,12 @@ class Partition:
     def num_blocks(self) -> int:
         return self.boundaries.shape[0] - 1
 
-    @property
+    @functools.cached_property
     def sizes(self) -> torch.Tensor:
         """Tokens of each block, int64 `(blocks,)`."""
         return self.boundaries.diff()
 
-    @property
+    @functools.cached_property
     def block_of_token(self) -> torch.Tensor:
         """Block number of each token in block order, int64 `(tokens,)`, on the device of `order`."""
         return torch.arange(self.num_blocks).repeat_interleave(self.sizes).to(self.order.device)

@@ -18,6 +18,7 @@ from dit_suite.attention.compiling import compiler_missing, run_compiled
 _BITS = 16
 _KEYS = 1 << _BITS
 _SIGN = _KEYS >> 1
+_CHUNK_SCORES = 1 << 26
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -28,6 +29,13 @@ def chunked_unavailable(query: torch.Tensor) -> str | None:
     if query.dtype not in _HALF:
         return f"it takes float16 or bfloat16 queries, got {query.dtype}"
     return compiler_missing()
+
+
+def chunk_length(query: torch.Tensor, blocks: int) -> int:
+    """Tokens in a chunk: 8192 on a CPU; on a GPU, where every call costs a launch, as many as make 2^26 scores."""
+    if query.device.type == "cpu":
+        return 8192
+    return max(8192, _CHUNK_SCORES // (query.shape[0] * query.shape[1] * blocks))
 
 
 def _run_plain(function: Callable, *args: Any) -> Any:
@@ -65,7 +73,12 @@ def _topk_chunk(query: torch.Tensor, means: torch.Tensor, own: torch.Tensor, k: 
 
 @torch.no_grad()
 def foreign_topk(
-    query: torch.Tensor, means: torch.Tensor, own: torch.Tensor, k: int, chunk: int = 8192, compiled: bool = False
+    query: torch.Tensor,
+    means: torch.Tensor,
+    own: torch.Tensor,
+    k: int,
+    chunk: int | None = None,
+    compiled: bool = False,
 ) -> torch.Tensor:
     """The `k` best foreign blocks of every token and head, without ever holding the whole gate.
 
@@ -77,6 +90,7 @@ def foreign_topk(
         means: `(batch, heads, blocks, head_dim)`.
         own: int64 `(tokens,)`, the block of each token.
         k: foreign blocks to keep (capped at blocks - 1).
+        chunk: tokens scored at a time; None for `chunk_length`.
 
     Returns:
         int64 `(batch, heads, tokens, k)`, in no particular order.
@@ -85,6 +99,7 @@ def foreign_topk(
     if k < 1:
         return torch.empty(*query.shape[:3], 0, dtype=torch.int64, device=query.device)
     run = run_compiled if compiled else _run_plain
+    chunk = chunk or chunk_length(query, means.shape[-2])
     dtype = query.dtype if compiled else means.dtype
     means = means.to(dtype)
     parts = [
@@ -201,7 +216,7 @@ def foreign_mask(
     pool: str,
     k: int,
     tau: float,
-    chunk: int = 8192,
+    chunk: int | None = None,
     compiled: bool = False,
 ) -> torch.Tensor:
     """Foreign pairs of threshold selection, and of top-k in pools wider than a query; own blocks are left out.
@@ -218,6 +233,7 @@ def foreign_mask(
         pool: what is ranked together; top-k takes "head_global" or "overall" here.
         k: blocks per query and head that top-k keeps, own block counted.
         tau: share of the similarity that threshold selection keeps.
+        chunk: tokens scored at a time; None for `chunk_length`.
         compiled: compile each step over a chunk.
 
     Returns:
@@ -237,7 +253,7 @@ def foreign_mask(
     if blocks == 1 or (mode == "topk" and k == 1):
         return torch.zeros(batch, heads, blocks, tokens, dtype=torch.bool, device=query.device)
     run = run_compiled if compiled else _run_plain
-    means = means.to(query.dtype)
+    means, chunk = means.to(query.dtype), chunk or chunk_length(query, blocks)
     chunks = list(zip(query.split(chunk, dim=2), own.split(chunk), strict=True))
     if pool == "query_head":
         parts = [run(_query_chunk, q, means, block, tau) for q, block in chunks]

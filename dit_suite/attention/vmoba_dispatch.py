@@ -4,12 +4,15 @@ Forward: partial attentions over own blocks and selected blocks, merged by log-s
 with the merged output and the merged log-sum-exp, so that both kinds of pairs sum into the same gradients.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from dit_suite.attention.backend_flash4 import flash4_varlen, flash4_varlen_unavailable
+from dit_suite.attention.compiling import compiler_missing, run_compiled
 from dit_suite.attention.merge import accumulation_dtype, attention_with_lse, flash_takes
 
 
@@ -37,6 +40,8 @@ class PairLists:
 
     def scores(self, sizes: torch.Tensor) -> int:
         """Query-key scores of all pairs, given the block sizes."""
+        if bool((sizes == sizes[0]).all()):
+            return self.total * int(sizes[0])
         return int((self.counts.view(-1, sizes.shape[0]) * sizes.to(self.counts.device)).sum())
 
 
@@ -98,9 +103,49 @@ def _own_attention(
     return torch.cat(outs, 1), torch.cat(lses, 1)
 
 
+def compiles(query: torch.Tensor) -> bool:
+    """Whether steps around these tensors run compiled: half precision on CUDA, with a compiler."""
+    return query.device.type == "cuda" and compiler_missing() is None
+
+
 def varlen_available(query: torch.Tensor) -> bool:
     """Whether selected pairs run in one variable-length flash attention call; otherwise one call per chosen block."""
     return flash_takes(query)
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences laid end to end, `(rows, dim)`, in one call: flash-attn-4 where it runs, else torch's kernel."""
+    if flash4_varlen_unavailable(query[None, None]) is None:
+        return flash4_varlen(query, key, value, cu_q, cu_k, max_q, max_k, scale)
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    aux = AuxRequest(lse=True)
+    operands = (t[:, None] for t in (query, key, value))
+    out, lse = varlen_attn(*operands, cu_q, cu_k, max_q, max_k, return_aux=aux, scale=scale)
+    return out[:, 0], lse.reshape(-1)[: query.shape[0]]
+
+
+def _block_edges(rows: int, boundaries: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Where the blocks of all heads begin in `rows` flat rows, and the end: int32 `(experts + 1,)`."""
+    first = torch.arange(0, rows, int(boundaries[-1]))[:, None] + boundaries[:-1]
+    return torch.cat([first.flatten(), torch.tensor([rows])]).to(device, torch.int32)
+
+
+def _own_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every token over its own block, `(rows, dim)`: all blocks of all heads in one call."""
+    edges, longest = _block_edges(query.shape[0], boundaries, query.device), int(boundaries.diff().max())
+    return _varlen(query, key, value, edges, edges, longest, longest, scale)
 
 
 def _foreign_varlen(
@@ -111,37 +156,11 @@ def _foreign_varlen(
     pairs: PairLists,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All experts in one variable-length flash attention call (CUDA, half precision)."""
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-    cu_q, cu_k, max_q, max_k = _varlen_lengths(query, boundaries, pairs)
-    out, lse = varlen_attn(
-        query[pairs.rows, None],
-        key[:, None],
-        value[:, None],
-        cu_q,
-        cu_k,
-        max_q,
-        max_k,
-        return_aux=AuxRequest(lse=True),
-        scale=scale,
-    )
-    out, lse = out[:, 0], lse.reshape(-1)[: pairs.total]
-    if pairs.places is None:
-        return out, lse
-    return out.new_empty(out.shape).index_copy_(0, pairs.places, out), lse.index_copy(0, pairs.places, lse)
-
-
-def _varlen_lengths(
-    query: torch.Tensor, boundaries: torch.Tensor, pairs: PairLists
-) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    sizes = boundaries.diff().to(query.device)
-    tokens = int(boundaries[-1])
-    heads = query.shape[0] // tokens
-    zero = torch.zeros(1, dtype=torch.int32, device=query.device)
-    cu_q = torch.cat([zero, pairs.counts.cumsum(0).to(torch.int32)])
-    cu_k = torch.cat([zero, sizes.repeat(heads).cumsum(0).to(torch.int32)])
-    return cu_q, cu_k, int(pairs.counts.max()), int(sizes.max())
+    """All experts in one variable-length call (CUDA, half precision); pairs in the order of `pairs.rows`."""
+    starts = torch.cat([pairs.counts.new_zeros(1), pairs.counts.cumsum(0)]).to(torch.int32)
+    edges, longest = _block_edges(query.shape[0], boundaries, query.device), int(boundaries.diff().max())
+    chosen = query.index_select(0, pairs.rows)
+    return _varlen(chosen, key, value, starts, edges, int(pairs.counts.max()), longest, scale)
 
 
 def _foreign_loop(
@@ -190,6 +209,27 @@ def _merge_rows(
     return torch.baddbmm(own.to(own_lse.dtype)[:, None] * weights[:, :1, None], weights[:, None, 1:], parts)[
         :, 0
     ], total
+
+
+def _merge_listed(
+    own: torch.Tensor, own_lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, listed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_merge` where row r has the parts `listed[r]`, int64 `(rows, k)`. Compiled, it reads every part once."""
+    lses = torch.cat([own_lse[:, None], part_lse.to(own_lse.dtype)[listed]], dim=1)
+    total = torch.logsumexp(lses, dim=1)
+    weights = torch.exp(lses - total[:, None])
+    foreign = (part[listed].to(own_lse.dtype) * weights[:, 1:, None]).sum(1)
+    return (own.to(own_lse.dtype) * weights[:, :1] + foreign).to(own.dtype), total
+
+
+def _merge_places(
+    own: torch.Tensor, own_lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_merge` for equally many parts a row in the order of `PairLists.rows`."""
+    pair = torch.arange(places.shape[0], device=places.device)
+    listed = torch.empty_like(places).index_copy_(0, places, pair).view(own.shape[0], -1)
+    merge = functools.partial(run_compiled, _merge_listed) if compiles(own) else _merge_listed
+    return merge(own, own_lse, part, part_lse, listed)
 
 
 def _backward_of(
@@ -251,14 +291,20 @@ class PairAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, boundaries, pairs, scale):
         batch, heads, tokens, dim = query.shape
         q, k, v = (t.reshape(batch * heads, tokens, dim) for t in (query, key, value))
-        out, lse = _own_attention(q, k, v, boundaries, scale)
         flat_q, flat_k, flat_v = (t.reshape(-1, dim) for t in (q, k, v))
-        out, lse = out.reshape(-1, dim), lse.reshape(-1)
+        in_one_call = varlen_available(query)
+        if in_one_call:
+            out, lse = _own_varlen(flat_q, flat_k, flat_v, boundaries, scale)
+        else:
+            out, lse = _own_attention(q, k, v, boundaries, scale)
+            out, lse = out.reshape(-1, dim), lse.reshape(-1)
         if pairs.total:
-            foreign = _foreign_varlen if varlen_available(query) else _foreign_loop
+            foreign = _foreign_varlen if in_one_call else _foreign_loop
             part, part_lse = foreign(flat_q, flat_k, flat_v, boundaries, pairs, scale)
             if pairs.places is None:
                 out, lse = _merge(out, lse, part, part_lse, pairs.rows)
+            elif in_one_call:
+                out, lse = _merge_places(out, lse, part, part_lse, pairs.places)
             else:
                 out, lse = _merge_rows(out, lse, part, part_lse)
         out = out.to(query.dtype)

@@ -8,7 +8,8 @@ random: none of this depends on them. The part `trained` is about checkpoints: s
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=2, help="blocks of the text networks")
     parser.add_argument("--pairs", type=int, default=10, help="interleaved pairs per time")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the untrained parts")
     trained_backbones.add_arguments(parser)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Networks and inputs made inside are of this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def count_flops(make: Callable[[], Any]) -> tuple[float, float]:
@@ -323,12 +336,13 @@ def lego_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Rows of the chosen parts."""
     rows: list[dict[str, Any]] = []
-    if "text" in args.parts:
-        rows += text_rows(args) + [break_even_row(args)]
-    if "class" in args.parts:
-        rows += class_rows(args)
-    if "lego" in args.parts:
-        rows += lego_rows(args)
+    with default_dtype(getattr(torch, args.dtype)):
+        if "text" in args.parts:
+            rows += text_rows(args) + [break_even_row(args)]
+        if "class" in args.parts:
+            rows += class_rows(args)
+        if "lego" in args.parts:
+            rows += lego_rows(args)
     if "trained" in args.parts:
         rows += trained_backbones.trained_rows(args)
     settings = {key: str(value) if key == "data" else value for key, value in vars(args).items() if key != "output"}

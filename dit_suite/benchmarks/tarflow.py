@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", choices=("all", "fixed", "planned"), default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cuda-graphs", action="store_true", help="sequential blocks as CUDA graphs, on both sides")
+    parser.add_argument("--tf32", action="store_true", help="float32 products of a GPU in TF32, on both sides")
     parser.add_argument("--features", choices=("enet-lite0", "random-conv", "none"), default="none")
 
 
@@ -172,6 +173,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config = pipe.transformer.config
     bench = Bench(pipe, FlowGuidance(args.guidance_scale - 1.0, annealed=True), args.device)
     bench.scheduler.set_cuda_graphs(args.cuda_graphs)
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     rows, denoise = methods(pipe, args.methods), []
     for start in range(0, args.num_samples, args.batch_size):
         indices = range(start, start + args.batch_size)
@@ -224,6 +226,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     settings = {
         name: getattr(args, name)
-        for name in ("batch_size", "num_samples", "guidance_scale", "seed", "device", "cuda_graphs")
+        for name in ("batch_size", "num_samples", "guidance_scale", "seed", "device", "cuda_graphs", "tf32")
     }
     return {"rows": table, "settings": settings, "strategies": [str(s) for s in rows[1].strategies]}

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import varlen
 
 from dit_suite.attention import vmoba_dispatch
-from dit_suite.attention.partition import partition
+from dit_suite.attention.partition import partition, partition_on
 from dit_suite.attention.vmoba import VMoBAConfig, masked_oracle, select, vmoba_attention
 
 GRID, BLOCK = (5, 6, 7), (2, 4, 4)  # blocks of 6 to 32 tokens
@@ -27,8 +27,8 @@ def _config(mode, pool):
 
 def _oracle(query, key, value, config):
     """Dense attention under the mask that the pair lists describe."""
-    parts = partition(GRID, BLOCK)
-    order, inverse = parts.order.to(query.device), parts.inverse.to(query.device)
+    parts = partition_on(GRID, BLOCK, query.device)
+    order, inverse = parts.order, parts.inverse
     query, key, value = (t.index_select(2, order) for t in (query, key, value))
     pairs = select(query.detach(), key.detach(), parts, config, 3)
     experts = torch.arange(pairs.counts.shape[0], device=query.device).repeat_interleave(pairs.counts)
@@ -64,7 +64,7 @@ def test_lists_of_the_variable_length_call(mode, pool, monkeypatch):
     query, key, value = _qkv(torch.float64)
     config = _config(mode, pool)
     out = vmoba_attention(query, key, value, GRID, config, 0)
-    assert len(calls) == 1 and calls[0] > 0
+    assert len(calls) == 2 and calls[0] == 2 * 3 * 210 and calls[1] > 0  # own blocks, then the chosen pairs
     assert (out - _oracle(query, key, value, config)).abs().max() < 1e-12
 
 
@@ -72,7 +72,7 @@ def test_lists_of_the_variable_length_call(mode, pool, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("mode", "pool"), RULES)
 def test_on_a_gpu(mode, pool):
-    """Compiled selection, variable-length attention and the padded backward. Written without a GPU; never run."""
+    """Compiled selection, variable-length attention, the merge and the padded backward."""
     leaves = [t.requires_grad_() for t in _qkv(torch.bfloat16, "cuda", dim=64)]
     assert vmoba_dispatch.varlen_available(leaves[0])
     config = _config(mode, pool)
