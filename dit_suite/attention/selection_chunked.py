@@ -216,7 +216,7 @@ def foreign_mask(
     pool: str,
     k: int,
     tau: float,
-    chunk: int | None = None,
+    chunk: int = 8192,
     compiled: bool = False,
 ) -> torch.Tensor:
     """Foreign pairs of threshold selection, and of top-k in pools wider than a query; own blocks are left out.
@@ -233,7 +233,7 @@ def foreign_mask(
         pool: what is ranked together; top-k takes "head_global" or "overall" here.
         k: blocks per query and head that top-k keeps, own block counted.
         tau: share of the similarity that threshold selection keeps.
-        chunk: tokens scored at a time; None for `chunk_length`.
+        chunk: tokens scored at a time (torch 2.11 fails to compile the counting of 32,760 at once).
         compiled: compile each step over a chunk.
 
     Returns:
@@ -253,7 +253,7 @@ def foreign_mask(
     if blocks == 1 or (mode == "topk" and k == 1):
         return torch.zeros(batch, heads, blocks, tokens, dtype=torch.bool, device=query.device)
     run = run_compiled if compiled else _run_plain
-    means, chunk = means.to(query.dtype), chunk or chunk_length(query, blocks)
+    means = means.to(query.dtype)
     chunks = list(zip(query.split(chunk, dim=2), own.split(chunk), strict=True))
     if pool == "query_head":
         parts = [run(_query_chunk, q, means, block, tau) for q, block in chunks]
