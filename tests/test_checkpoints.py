@@ -129,6 +129,36 @@ def test_folder_without_pipeline(tmp_path):
         find_checkpoint(tmp_path)
 
 
+def test_recommended_options_come_with_the_folder(copy):
+    """`sampling.json` changes the technique's defaults; without it they stay."""
+    plain = technique("pixart").options_class()()
+    assert find_checkpoint(copy).defaults == plain
+    (copy / "sampling.json").write_text('{"num_inference_steps": 3, "guidance_scale": 2}')
+    assert find_checkpoint(copy).defaults == plain.changed({"num_inference_steps": 3, "guidance_scale": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "sampling.json can't be used: Expecting"),
+        ("[3]", "must hold a JSON object"),
+        ('{"steps": 3}', "has no option 'steps'"),
+        ('{"num_inference_steps": 0}', "num_inference_steps must be between 1 and 1000, got 0"),
+    ],
+)
+def test_recommended_options_that_do_not_fit_are_one_sentence(copy, text, message):
+    (copy / "sampling.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find_checkpoint(copy)
+
+
+def test_bundles_whose_sheets_were_made_otherwise_say_so():
+    """Steps and guidance of the sheets in their cards."""
+    for name, steps in (("emoji-dit-32", 20), ("emoji-lego-64", 10)):
+        found = find_checkpoint(name).defaults
+        assert (found.num_inference_steps, found.guidance_scale) == (steps, 2.0), name
+
+
 def test_bundles_are_what_the_index_says():
     index = bundled_index()
     assert "emoji-pixart-64" in index

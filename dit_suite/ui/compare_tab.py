@@ -106,9 +106,9 @@ def suggestions(offer: Offer, limit: int) -> tuple[int, list[str]]:
         limit: most steps that this server allows.
 
     Returns:
-        the largest step count with a BAC profile (else the technique's default), and variants, likely ones first.
+        the largest step count with a BAC profile (else the model's default), and variants, likely ones first.
     """
-    default = getattr(offer.technique.options_class()(), "num_inference_steps", limit)
+    default = getattr(offer.defaults, "num_inference_steps", limit)
     allowed = [steps for steps in offer.profile_steps if steps <= limit]
     steps = max(allowed) if allowed else min(default, limit)
     fewer = f"steps={max(1, round(FEWER_STEPS * steps))}"
@@ -166,7 +166,7 @@ def build_compare_tab(engine: Engine, offers: list[Offer]) -> None:
     def baseline_job(model: str, prompt: str, seed: Any, steps: Any) -> SamplingJob:
         if model not in by_name:
             raise ValueError(f"model must be one of {', '.join(by_name)}, got {model!r}")
-        options = by_name[model].technique.options_class()(num_inference_steps=int(steps))
+        options = by_name[model].defaults.changed({"num_inference_steps": int(steps)})
         return make_job(model, prompt, options, resolve_seed(seed))
 
     def switched(name: str) -> list[Any]:
@@ -233,8 +233,7 @@ def build_compare_endpoint(engine: Engine, offers: list[Offer]) -> None:
                 raise ValueError(f"model must be one of {', '.join(by_name)}, got {model!r}")
             if not isinstance(variants, list) or len(variants) > MAX_VARIANTS:
                 raise ValueError(f"variants must be a list of at most {MAX_VARIANTS} texts, got {variants!r}")
-            options_class = by_name[model].technique.options_class()
-            job = make_job(model, prompt, options_class.from_dict(options or {}), resolve_seed(seed))
+            job = make_job(model, prompt, by_name[model].defaults.changed(options or {}), resolve_seed(seed))
             for results, rows in compare(engine, job, [str(text) for text in variants], StopFlag()):
                 yield [str(r.path) for r in results], [dict(zip(COLUMNS, row, strict=True)) for row in rows]
         except (ValueError, FileNotFoundError, RuntimeError) as error:

@@ -12,7 +12,7 @@ from dit_suite.options import Options
 from dit_suite.registry import ACCELERATIONS, Acceleration
 from dit_suite.sampling import SamplingJob, job_of_record
 from dit_suite.ui.catalog import Offer, choices
-from dit_suite.ui.controls import build_controls, options_from_values, values_from_options
+from dit_suite.ui.controls import build_controls, options_from_values, values_from_options, within
 from dit_suite.ui.engine import Engine, Finished, Progress, StopFlag, Stopped, make_job, resolve_seed, single_job
 from dit_suite.ui.settings import Limits
 
@@ -53,9 +53,13 @@ class GenerateTab:
         wanted = {name for offer in self.offers.values() for name in offer.accelerations}
         return [row for row in ACCELERATIONS if row.name in wanted]
 
+    def option_controls(self) -> list[gr.components.Component]:
+        """The controls of every options class, in order."""
+        return [control for cls in self.option_classes for control in self.controls[cls]]
+
     def all_controls(self) -> list[gr.components.Component]:
         """Every option control and plug-in control, in the order that `parse` expects."""
-        found = [control for cls in self.option_classes for control in self.controls[cls]]
+        found = self.option_controls()
         for row in self.accelerations():
             switch, controls = self.plugins[row.name]
             found += [switch, *controls]
@@ -111,6 +115,14 @@ class GenerateTab:
             *(gr.update(visible=fits) for fits in rows),
             *(gr.skip() if fits else gr.update(value=False) for fits in rows),
         ]
+
+    def show_defaults(self, name: str) -> list[Any]:
+        """What the option controls show when this model is chosen: the options it recommends; others stay."""
+        chosen = within(self.offers[name].defaults, self.engine.limits.of_options)
+        values = []
+        for cls in self.option_classes:
+            values += values_from_options(chosen) if cls is type(chosen) else [gr.skip()] * len(self.controls[cls])
+        return values
 
     @staticmethod
     def _condition(offer: Offer, prompt: str, label: Any) -> Any:
@@ -211,8 +223,6 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
     """Builds the controls of a tab inside the present Blocks context and wires them up."""
     tab = GenerateTab(engine, {offer.name: offer for offer in offers}, media)
     first = offers[0]
-    caps = {"num_inference_steps": limits.max_steps, "height": limits.max_side, "width": limits.max_side,
-            "num_frames": limits.max_frames}  # fmt: skip
     examples_of_tab = EXAMPLES[media]
     with gr.Row():
         with gr.Column(scale=2, min_width=320, elem_classes="ask"):
@@ -244,7 +254,8 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
             with gr.Column(elem_classes="tune"):
                 for cls in tab.option_classes:
                     with gr.Group(visible=cls is first.technique.options_class()) as tab.groups[cls]:
-                        tab.controls[cls] = build_controls(cls, caps)
+                        shown_first = next(offer.defaults for offer in offers if type(offer.defaults) is cls)
+                        tab.controls[cls] = build_controls(shown_first, limits.of_options)
                 with gr.Accordion("Scheduler and acceleration", open=False):
                     scheduler = gr.Dropdown(
                         ["default", "flow-euler", "flow-heun", "ddim", "ddpm", "dpm-solver", "unipc"], value="default",
@@ -253,7 +264,7 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
                     for row in tab.accelerations():
                         with gr.Group(visible=row.name in first.accelerations) as tab.plugin_groups[row.name]:
                             switch = gr.Checkbox(False, label=row.title, elem_id=f"{media}-{row.name}")
-                            tab.plugins[row.name] = (switch, build_controls(row.config_class(), {}))
+                            tab.plugins[row.name] = (switch, build_controls(row.config_class()(), {}))
                 upload = gr.File(
                     label="Load settings from a file made here", file_types=[".png", ".mp4", ".gif"], type="filepath",
                     height=170, elem_id=f"{media}-upload",
@@ -285,6 +296,8 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
     shown = [prompt, examples.dataset, label, start_image, scheduler, *tab.groups.values(), *tab.plugin_groups.values()]
     shown += [switch for switch, _ in tab.plugins.values()]
     model.change(tab.on_model, [model], shown, api_visibility="private", queue=False)
+    # on input, not on change: settings loaded from a file bring their own values along
+    model.input(tab.show_defaults, [model], tab.option_controls(), api_visibility="private", queue=False)
     gr.on(
         [button.click, prompt.submit], on_generate, inputs, [results, preview, status, used],
         api_visibility="private", show_progress_on=[status], **DEVICE_QUEUE,

@@ -77,6 +77,24 @@ def test_from_image_makes_the_same_pixels(reference, tmp_path):
         assert (tmp_path / f"{index:06d}.png").read_bytes() == (reference / f"{index:06d}.png").read_bytes()
 
 
+def test_what_a_checkpoint_recommends_is_used_and_recorded(tmp_path, capsys):
+    """Without flags its steps and guidance count, a flag wins, and the help tells them."""
+    model = save_tiny(tmp_path / "model")
+    (model / "sampling.json").write_text('{"num_inference_steps": 3, "guidance_scale": 1.5}')
+    call = ["--model", str(model), "--prompts", "red apple", "--device", "cpu"]
+    for flags, expected in (([], (3, 1.5)), (["--num-inference-steps", "2", "--guidance-scale", "4"], (2, 4.0))):
+        output = tmp_path / f"steps-{expected[0]}"
+        assert main([*call, *flags, "--output", str(output)]) == 0
+        for options in (
+            read_record(output / "000000.png")["options"],
+            json.loads((output / "run.json").read_text())["options"],
+        ):
+            assert (options["num_inference_steps"], options["guidance_scale"]) == expected
+    capsys.readouterr()
+    assert main(["--model", str(model), "--help"]) == 0
+    assert "denoising steps: fewer are faster (default: 3)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_no_metadata(model, tmp_path):
     assert main(arguments(model, tmp_path, "--no-metadata", num_samples=1)) == 0
     assert Image.open(tmp_path / "000000.png").info == {}
@@ -390,7 +408,8 @@ def test_a_cache_from_the_command_line(tmp_path, monkeypatch):
     error = np.square(pictures[0].astype(float) - pictures[1]).mean()
     assert 0 < error < 255**2 / 10**2
     with apply_bac(pipe, BACConfig(budget=5, interpolate=True)):
-        image = pipe(class_labels=[1], num_inference_steps=10, generator=sample_generators(0, [0]), output_type="np")
+        given = {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "np"}
+        image = pipe(class_labels=[1], **given, generator=sample_generators(0, [0]))
     assert np.array_equal(to_uint8(image.images)[0], pictures[1])
     assert main([*call, "--accelerate", "bac:budget=5", "--output", str(tmp_path / "refused")]) == 2
 
