@@ -146,12 +146,14 @@ class SampleFolder:
 
         pipe = open_job(self.job, device=device)
         pipe.set_progress_bar_config(disable=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.job.to_dict(), self.folder / "run.json")
         with tqdm(total=sum(map(len, todo)), unit="sample", disable=not show_progress) as bar:
             for batch in todo:
                 indices = list(batch)
-                for index, sample in zip(indices, sample_batch(pipe, self.job, indices), strict=True):
+                samples = sample_batch(pipe, self.job, indices)
+                if batch is todo[0]:  # not before: what the pipeline refuses leaves nothing behind
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    write_json(self.job.to_dict(), self.folder / "run.json")
+                for index, sample in zip(indices, samples, strict=True):
                     if not self.path(index).is_file():
                         self._write(index, indices, sample)
                 bar.update(len(indices))
@@ -162,7 +164,6 @@ class SampleFolder:
 
     def make_again(self, index: int, indices: list[int], device: Any = None) -> Path:
         """Makes sample `index` once more, in the batch of `indices` that it was made in first."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         pipe = open_job(self.job, device=device or distributed_state().device)
         samples = sample_batch(pipe, self.job, indices)
         self._write(index, indices, samples[indices.index(index)])

@@ -236,6 +236,35 @@ def test_bad_input_gets_one_sentence(model, tmp_path, capsys, more, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_class_or_action_that_is_not_there_is_refused_before_the_network_is_opened(tmp_path, capsys, monkeypatch):
+    """Nothing is written and no weights are read; the null class of a network is a class."""
+    import dit_suite.sampling
+
+    def never(*args, **kwargs):
+        raise AssertionError("the network was opened")
+
+    monkeypatch.setattr(dit_suite.sampling, "open_pipeline", never)
+    actions = tmp_path / "actions.json"
+    actions.write_text('[["up"], ["jump"]]')
+    for model, flags, message in (
+        ("emoji-dit-32", ["--class-labels", "3", "5"], "class_labels must lie between 0 and 3, got 5"),
+        ("emoji-lego-64", ["--class-labels", "noto/smileys"], "close names: noto/smileys-emotion"),
+        ("moving-square-nfd", ["--actions-file", str(actions)], "there is no action 'jump'; they are 0..4: stay, up"),
+    ):
+        assert main(["--model", model, *flags, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "0%|" not in error
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(AssertionError, match="was opened"):
+        main(["--model", "emoji-dit-32", "--class-labels", "4", "--output", str(tmp_path / "out"), "--device", "cpu"])
+
+
+def test_what_the_pipeline_refuses_leaves_no_folder(model, tmp_path, capsys):
+    assert main(arguments(model, tmp_path / "out", "--height", "9")) == 2
+    assert "height must be a positive multiple of 2, got 9" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_with_foreign_pictures_is_refused(model, reference, tmp_path, capsys):
     (tmp_path / "000000.png").write_bytes((reference / "000000.png").read_bytes())
     assert main(arguments(model, tmp_path)) == 2
