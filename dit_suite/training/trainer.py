@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 
 from dit_suite.data.readers import open_source
-from dit_suite.data.tables import write_text
+from dit_suite.files import write_text
 from dit_suite.training.build import (
     attach_attention,
     build_network,
@@ -260,7 +260,7 @@ class Trainer:
         begin = time.monotonic()
         if self.accelerator.is_main_process:
             config.output.mkdir(parents=True, exist_ok=True)
-            for stale in (config.output / "state").glob(".*.part"):
+            for stale in (config.output / "state").glob(".step_*"):  # what a killed run left
                 shutil.rmtree(stale)
         self.accelerator.wait_for_everyone()
         self.progress = progress = load_state(
