@@ -52,7 +52,7 @@ class DataSection(Options):
 
     kind: str = option("images", "images, clips, actions, shapes, sprites, square, or module:function")
     path: str = option("", "folder that scripts/prepare_data.py wrote (procedural kinds need none)")
-    split: str = option("train", "rows to use: train, heldout, pairs or all")
+    split: str = option("train", "rows to use: train, heldout, pairs or all (procedural sets: train or heldout)")
     size: int = option(0, "resize to this side; 0 keeps the stored size", minimum=0, maximum=4096)
     frames: int = option(16, "frames of a clip", minimum=1, maximum=4096)
     stride: int = option(1, "take every stride-th frame of a clip", minimum=1, maximum=64)
