@@ -23,6 +23,7 @@ from dit_suite.checkpoints import (
 )
 from dit_suite.registry import TECHNIQUES, technique, technique_of_class
 from dit_suite.text_encoders import TextEncoderSource, load_text_encoder, text_encoder_folder
+from scripts.index_checkpoints import read_card
 from tests.tiny import save_tiny, tiny_text_encoder, tiny_text_to_image, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,7 +169,9 @@ def test_bundles_are_what_the_index_says():
         shards = list(folder.rglob("*.safetensors"))
         assert sum(path.stat().st_size for path in shards) == row["size_bytes"]
         assert all(path.stat().st_size < 14_000_000 for path in shards)
-        assert (folder / "README.md").is_file()
+        card = read_card(folder / "README.md")
+        assert (row["licence"], row["source"]) == (card["license"], card["source"]), name
+        assert row["licence"] == "apache-2.0"  # the README says it of all weights trained here
     for row in TECHNIQUES:
         assert row.bundled is None or row.bundled in index, row.name
 
