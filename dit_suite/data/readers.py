@@ -11,14 +11,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from dit_suite.data.captions import captions_of
+from dit_suite.data.draws import Draws, Stream
 from dit_suite.data.labels import FILE_NAME as LABEL_FILE
 from dit_suite.data.labels import LabelTable
 from dit_suite.data.procedural import shapes_set, sprites_set
+from dit_suite.data.section import DataSection
 from dit_suite.data.splits import made_seed
 from dit_suite.data.tables import read_rows
 from dit_suite.registry import resolve, resolve_named
-from dit_suite.training.config import DataSection
-from dit_suite.training.draws import Draws, Stream
 
 _WORKERS = 8
 

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
+from dit_suite.data.draws import Draws, Stream
 from dit_suite.options import Options, option
 from dit_suite.registry import resolve, resolve_named
 from dit_suite.schedulers.edm_heun import edm_scalings
-from dit_suite.training.draws import Draws, Stream
 from dit_suite.training.uncertainty import UncertaintyWeighting
 
 

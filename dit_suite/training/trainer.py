@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 
+from dit_suite.data.draws import Draws, shuffled_indices
 from dit_suite.data.readers import open_source
 from dit_suite.files import write_text
 from dit_suite.training.build import (
@@ -25,7 +26,6 @@ from dit_suite.training.build import (
 )
 from dit_suite.training.conditioning import make_conditioner
 from dit_suite.training.config import TrainConfig, config_text
-from dit_suite.training.draws import Draws, shuffled_indices
 from dit_suite.training.export import export, preview, save_picture
 from dit_suite.training.monitor import Monitor, flops_per_sample, peak_tflops
 from dit_suite.training.objectives import ObjectiveResult, TrainingBatch, objective_class

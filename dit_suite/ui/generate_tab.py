@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -178,7 +177,7 @@ class GenerateTab:
         if path is None:
             return blank
         try:
-            record = read_any_record(Path(path))
+            record = read_record(path)
             job, indices = job_of_record(record)
             job = single_job(job, record["index"])
             if job.start_image is not None:
@@ -208,15 +207,6 @@ class GenerateTab:
         if len(indices) > 1:
             note += f" It was made in a batch of {len(indices)}, alone a pixel may differ by one level."
         return [*values, note]
-
-
-def read_any_record(path: Path) -> dict[str, Any]:
-    """The metadata of a picture or a clip."""
-    if path.suffix.lower() in (".mp4", ".gif"):
-        from dit_suite.video import read_video_record
-
-        return read_video_record(path)
-    return read_record(path)
 
 
 def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: Limits) -> GenerateTab:

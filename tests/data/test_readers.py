@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from dit_suite.data.captions import CaptionStates, all_captions, captions_of, save_states
+from dit_suite.data.draws import Draws
 from dit_suite.data.emoji64 import SCHEMA, lossless_webp
 from dit_suite.data.labels import LabelTable
 from dit_suite.data.procedural import shapes_set, sprites_set
 from dit_suite.data.readers import ActionWindows, ClipRows, ImageRows, open_source, pick_caption, shift_on_white
+from dit_suite.data.section import DataSection
 from dit_suite.data.tables import read_rows, write_table
 from dit_suite.files import replacing_folder
-from dit_suite.training.config import DataSection
-from dit_suite.training.draws import Draws
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/emoji.parquet"
 

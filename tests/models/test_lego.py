@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_suite.converters import ConversionError
 from dit_suite.converters import lego as converter
+from dit_suite.data.draws import Draws
 from dit_suite.golden import lego as golden
 from dit_suite.golden import read_fixture, section
 from dit_suite.models.dit import DiTModel
 from dit_suite.models.lego import LegoTransformer2DModel, lego_config
 from dit_suite.training.config import load_config
-from dit_suite.training.draws import Draws
 from dit_suite.training.objectives import EDM, TrainingBatch
 
 FOLDER = Path(__file__).parents[1] / "golden"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dit_suite.data.draws import Draws, Stream
 from dit_suite.schedulers.edm_heun import edm_scalings
-from dit_suite.training.draws import Draws, Stream
 from dit_suite.training.objectives import (
     EDM,
     Diffusion,
