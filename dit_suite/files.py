@@ -19,6 +19,15 @@ def write_atomically(path: Path, write: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses (`ValueError`) a folder that can't be made or written to, before anything is made for it."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise ValueError(f"{place} is a file; choose a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"the folder {place} can't be written to")
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,11 @@ def read_lines(path: Path) -> tuple[str, ...]:
     """Non-empty lines of a text file."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    lines = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
         raise ValueError(f"{path} holds no prompt")
     return lines
@@ -98,7 +102,7 @@ def read_actions(path: Path) -> tuple[tuple[int | str, ...], ...]:
         raise ValueError(f"there is no file {path}")
     try:
         lists = json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read as JSON: {error}") from None
     if not (isinstance(lists, list) and lists and all(isinstance(row, list) and row for row in lists)):
         raise ValueError(f"{path} must hold a list of non-empty action lists")
@@ -226,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         folder.run(num_samples, npz=args.npz, sheet=args.sheet, device=args.device)
         if distributed_state().is_main_process:
             print(f"samples 0 to {num_samples - 1}: {args.output}")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

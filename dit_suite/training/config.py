@@ -266,11 +266,14 @@ def override(values: dict[str, Any], assignment: str) -> None:
         place = place[name]
         if not isinstance(place, dict):
             raise ValueError(f"{assignment!r}: {name} is not a mapping")
+    place[last] = _numbers(_read_yaml(text, repr(assignment)))
+
+
+def _read_yaml(text: str | bytes, origin: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{assignment!r} is not valid YAML: {error}") from None
-    place[last] = _numbers(value)
+        raise ValueError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _numbers(value: Any) -> Any:
@@ -296,10 +299,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {path}")
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    values = _read_yaml(path.read_bytes(), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping")
     values = _numbers(values)

@@ -166,13 +166,16 @@ def test_other_options_in_the_same_folder_are_refused(model, reference, capsys):
     assert main([*arguments(model, reference), "--guidance-scale", "9"]) == 2
     expected = "holds samples that were made otherwise: options.guidance_scale was 4.0 and is 9.0 now; choose another"
     assert expected in capsys.readouterr().err
+    assert main([*arguments(model, reference), "--accelerate", "bac"]) == 2
+    assert "otherwise: accelerations.bac was not given and is given now; choose" in capsys.readouterr().err
     assert {p.name: p.stat().st_mtime_ns for p in reference.iterdir()} == before
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(model, tmp_path, capsys):
     (tmp_path / "taken").write_text("x")
-    assert main(arguments(model, tmp_path / "taken")) == 2
-    assert "taken is a file; choose a folder" in capsys.readouterr().err
+    for output in (tmp_path / "taken", tmp_path / "taken" / "deeper" / "still"):
+        assert main(arguments(model, output)) == 2
+        assert "taken is a file; choose a folder" in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_there_is_named(model, tmp_path, capsys):
@@ -271,11 +274,11 @@ def test_a_folder_with_foreign_pictures_is_refused(model, reference, tmp_path, c
     assert "but no run.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, "", "\n \n"])
+@pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff\xfe\x00"])
 def test_prompt_files(model, tmp_path, capsys, content):
     path = tmp_path / "prompts.txt"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content)
     assert main(["--model", str(model), "--prompts-file", str(path), "--output", str(tmp_path / "out")]) == 2
     assert "prompts.txt" in capsys.readouterr().err
 
