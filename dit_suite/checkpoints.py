@@ -15,21 +15,33 @@ from pathlib import Path
 from typing import Any
 
 from dit_suite.hashing import sha256_of
+from dit_suite.options import Options
 from dit_suite.registry import Technique, resolve, technique_of_class
 
 SHARD_SIZE = "9MB"
+SAMPLING_FILE = "sampling.json"  # call options that suit this checkpoint better than those of its technique
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on the disk: what it is called, where it lies, what opens it, and the hash of its weights."""
+    """A checkpoint on the disk.
+
+    Attributes:
+        name: what it is called.
+        folder: where it lies.
+        technique: what opens it.
+        weights_sha256: hash of its weights.
+        defaults: call options where the user gives none: those of the technique, changed as `sampling.json` of the
+            folder says.
+    """
 
     name: str
     folder: Path
     technique: Technique
     weights_sha256: str
+    defaults: Options
 
 
 def makes_clips(path_or_name: str | os.PathLike) -> bool:
@@ -162,12 +174,27 @@ def _refuse_pickles(folder: Path) -> None:
             raise ValueError(f"{pickles[0]} is a pickle, which may run code; only safetensors weights are opened")
 
 
+def _read_defaults(folder: Path, technique: Technique) -> Options:
+    """The technique's call options with the values of the folder's `sampling.json`, if there is one."""
+    defaults, path = technique.options_class()(), folder / SAMPLING_FILE
+    if not path.is_file():
+        return defaults
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it must hold a JSON object, got {values!r}")
+        return defaults.changed(values)
+    except ValueError as error:
+        raise ValueError(f"{path} can't be used: {error}") from None
+
+
 def find_checkpoint(path_or_name: str | os.PathLike) -> Checkpoint:
     """Finds a checkpoint and checks what can be checked without building the network.
 
     Raises:
-        ValueError: unknown name, no pipeline folder, unknown pipeline or network class, pickled weights, or a bundled
-            checkpoint whose weights differ from the index.
+        ValueError: unknown name, no pipeline folder, unknown pipeline or network class, pickled weights, a
+            `sampling.json` that does not fit the technique, or a bundled checkpoint whose weights differ from the
+            index.
         FileNotFoundError: the checkpoint is not on this machine.
     """
     name, folder = find_folder(path_or_name)
@@ -178,7 +205,7 @@ def find_checkpoint(path_or_name: str | os.PathLike) -> Checkpoint:
     expected = bundled_index().get(name, {}).get("sha256") if os.fspath(path_or_name) == name else None
     if expected and digest != expected:
         raise ValueError(f"the weights in {folder} have sha256 {digest}, checkpoints/index.json says {expected}")
-    return Checkpoint(name, folder, technique, digest)
+    return Checkpoint(name, folder, technique, digest, _read_defaults(folder, technique))
 
 
 def _network_class(model_index: dict[str, Any], technique: Technique) -> type:

@@ -1,11 +1,12 @@
 """What goes into every picture file: enough to make the same sample again.
 
 A PNG carries two text chunks: `dit_suite`, a JSON object (see `dit_suite.sampling.sample_record`), and `parameters`,
-the text that common viewers of generated pictures understand.
+the text that common viewers of generated pictures understand. The comment of an MP4 or GIF holds the JSON object.
 """
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from dit_suite.files import write_atomically
 
 CHUNK = "dit_suite"
+CLIP_TAG = "comment"
 VERSION = 1
 
 
@@ -75,16 +77,46 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: the file is no picture or clip, or carries no metadata of this suite.
     """
-    if Path(path).suffix.lower() in (".mp4", ".gif"):
-        from dit_suite.video import read_video_record
+    path = Path(path)
+    kind = path.suffix.lower()
+    text = _mp4_tag(path) if kind == ".mp4" else _gif_comment(path) if kind == ".gif" else _png_chunk(path)
+    if not text:
+        raise ValueError(f"{path} carries no {CHUNK} metadata (was it saved without, or re-encoded?)")
+    return parse_record(text, str(path))
 
-        return read_video_record(path)
+
+def _png_chunk(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
             image.load()
-            text = image.info.get(CHUNK)
+            return image.info.get(CHUNK)
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{os.fspath(path)} can't be read as a picture: {error}") from None
-    if text is None:
-        raise ValueError(f"{os.fspath(path)} carries no {CHUNK} metadata (was it saved without, or re-encoded?)")
-    return parse_record(text, os.fspath(path))
+        raise ValueError(f"{path} can't be read as a picture: {error}") from None
+
+
+def _gif_comment(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            comment = image.info.get("comment")
+    except OSError as error:
+        raise ValueError(f"{path} can't be read as a clip: {error}") from None
+    return comment.decode("ascii", errors="replace") if comment else None
+
+
+def _mp4_tag(path: Path) -> str | None:
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
+    run = subprocess.run(command, capture_output=True, check=False)
+    if run.returncode != 0:
+        raise ValueError(f"{path} can't be read as a clip: {run.stderr.decode(errors='replace').strip()[:200]}")
+    prefix = f"{CLIP_TAG}="
+    lines = [line for line in run.stdout.decode("utf-8").split("\n") if line.startswith(prefix)]
+    if not lines:
+        return None
+    escaped, text, position = lines[0][len(prefix) :], [], 0
+    while position < len(escaped):  # ffmpeg's metadata format puts a backslash before = ; # \ and newlines
+        position += escaped[position] == "\\"
+        text.append(escaped[position])
+        position += 1
+    return "".join(text)

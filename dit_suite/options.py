@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -181,9 +182,18 @@ class Options:
             raise ValueError(f"{cls.__name__} has no option {unknown[0]!r}; it accepts {', '.join(known)}")
         return cls(**values)
 
+    def changed(self, values: typing.Mapping[str, Any]) -> typing.Self:
+        """These options with some values replaced; errors as for `from_dict`."""
+        return type(self).from_dict({**self.to_dict(), **values})
+
     @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Adds one flag per field. A flag that is not given leaves no trace in the namespace."""
+    def add_arguments(cls, parser: argparse.ArgumentParser, defaults: "Options | None" = None) -> None:
+        """Adds one flag per field. A flag that is not given leaves no trace in the namespace.
+
+        Args:
+            parser: what gets the flags.
+            defaults: options of this class whose values the help tells, where they are not the class's own.
+        """
         for spec in fields_of(cls):
             kind = _parse_bool if spec.kind is bool else spec.kind
             extra: dict[str, Any] = {"nargs": "*"} if spec.is_tuple else {}
@@ -191,13 +201,15 @@ class Options:
                 extra = {"nargs": "?", "const": True}
             if spec.choices is not None:
                 extra["choices"] = spec.choices
-            known = spec.default not in (None, "") and "(default: " not in spec.help
-            text = f"{spec.help} (default: {spec.default})" if known else spec.help
+            default = spec.default if defaults is None else getattr(defaults, spec.name)
+            text = spec.help if default == spec.default else re.sub(r" \(default: [^)]*\)", "", spec.help)
+            if default not in (None, "") and "(default: " not in text:
+                text = f"{text} (default: {default})"
             given = {"dest": spec.name, "type": kind, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
             parser.add_argument(spec.flag, **given, **extra)
 
     @classmethod
-    def from_namespace(cls, namespace: argparse.Namespace) -> typing.Self:
-        """Builds the options from the flags that were given."""
-        given = vars(namespace)
-        return cls(**{spec.name: given[spec.name] for spec in fields_of(cls) if spec.name in given})
+    def from_namespace(cls, namespace: argparse.Namespace, defaults: "Options | None" = None) -> typing.Self:
+        """Builds the options from the flags that were given; the rest comes from `defaults`, else from the class."""
+        given = {spec.name: vars(namespace)[spec.name] for spec in fields_of(cls) if spec.name in namespace}
+        return cls(**given) if defaults is None else defaults.changed(given)

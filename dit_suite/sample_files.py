@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dit_suite.checkpoints import makes_clips
-from dit_suite.files import write_atomically, write_json
+from dit_suite.files import check_folder, write_atomically, write_json
 from dit_suite.metadata import write_png
 from dit_suite.sampling import SamplingJob, batches, open_job, sample_batch, sample_record
 
@@ -43,6 +43,8 @@ def _first_difference(name: str, then: Any, now: Any) -> str:
             return f"the number of {name} was {len(then)} and is {len(now)} now"
         index = next(index for index, (a, b) in enumerate(zip(then, now, strict=True)) if a != b)
         return _first_difference(f"{name}[{index}]", then[index], now[index])
+    if isinstance(then or now, dict):
+        return f"{name} was {'given' if then else 'not given'} and is {'given' if now else 'not given'} now"
     return f"{name} was {then!r} and is {now!r} now"
 
 
@@ -68,14 +70,14 @@ class SampleFolder:
             with_frames: also write every clip's frames as PNGs into a folder of its number.
 
         Raises:
-            ValueError: the folder is a file or holds samples that another job made, or frames are asked of pictures.
+            ValueError: the folder can't be made or written to or holds samples that another job made, or frames are
+                asked of pictures.
         """
         self.folder = folder
         self.job = job
         self.with_metadata = with_metadata
         self.with_frames = with_frames
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file; choose a folder for the samples")
+        check_folder(folder)
         self.suffix = f".{clip_format}" if makes_clips(job.model) else ".png"
         if with_frames and self.suffix == ".png":
             raise ValueError(f"frames are written for clips; {job.model} makes pictures")
@@ -146,12 +148,14 @@ class SampleFolder:
 
         pipe = open_job(self.job, device=device)
         pipe.set_progress_bar_config(disable=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.job.to_dict(), self.folder / "run.json")
         with tqdm(total=sum(map(len, todo)), unit="sample", disable=not show_progress) as bar:
             for batch in todo:
                 indices = list(batch)
-                for index, sample in zip(indices, sample_batch(pipe, self.job, indices), strict=True):
+                samples = sample_batch(pipe, self.job, indices)
+                if batch is todo[0]:  # not before: what the pipeline refuses leaves nothing behind
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    write_json(self.job.to_dict(), self.folder / "run.json")
+                for index, sample in zip(indices, samples, strict=True):
                     if not self.path(index).is_file():
                         self._write(index, indices, sample)
                 bar.update(len(indices))
@@ -162,7 +166,6 @@ class SampleFolder:
 
     def make_again(self, index: int, indices: list[int], device: Any = None) -> Path:
         """Makes sample `index` once more, in the batch of `indices` that it was made in first."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         pipe = open_job(self.job, device=device or distributed_state().device)
         samples = sample_batch(pipe, self.job, indices)
         self._write(index, indices, samples[indices.index(index)])

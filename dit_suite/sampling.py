@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dit_suite.checkpoints import Checkpoint, find_checkpoint, open_pipeline
+from dit_suite.conditions import check_conditions
 from dit_suite.metadata import VERSION, versions
 from dit_suite.options import Options, fields_of
 from dit_suite.registry import Technique, acceleration, technique
@@ -218,8 +219,8 @@ def open_job(job: SamplingJob, device: Any = None, checkpoint: Checkpoint | None
     """The job's pipeline, with its scheduler and plug-ins in place.
 
     Raises:
-        ValueError: the checkpoint is not the one the job was made with, or scheduler, plug-ins or start image do not
-            fit it.
+        ValueError: the checkpoint is not the one the job was made with, or it does not know a class or an action, both
+            told before the network is opened; or scheduler, plug-ins or start image do not fit it.
     """
     import torch
 
@@ -228,6 +229,7 @@ def open_job(job: SamplingJob, device: Any = None, checkpoint: Checkpoint | None
         raise ValueError(
             f"{job.model} has weights {checkpoint.weights_sha256[:16]}, the job was made with {job.weights_sha256[:16]}"
         )
+    check_conditions(job.options.condition, job.conditions, checkpoint.folder)
     pipe = open_pipeline(checkpoint, dtype=getattr(torch, job.dtype), device=device)
     if (job.start_image is not None) != getattr(pipe, "takes_start_image", False):
         raise ValueError(f"{job.model} {'takes no' if job.start_image else 'needs a'} start image")

@@ -5,20 +5,17 @@ MP4 is H.264 in yuv420p, which every browser plays; its sides are even (an odd s
 
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import imageio.v2 as imageio
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageSequence
 
 from dit_suite.files import write_atomically
-from dit_suite.metadata import parse_record, write_png
+from dit_suite.metadata import CLIP_TAG, write_png
 
 SUFFIXES = (".mp4", ".gif")
-_TAG = "comment"
 
 
 def check_clip(frames: np.ndarray) -> None:
@@ -39,7 +36,7 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: float, text: str | None) -> 
     options = ["-f", "mp4", "-crf", "12", "-preset", "slow", "-threads", "1", "-fflags", "+bitexact"]
     options += ["-flags:v", "+bitexact", "-movflags", "+faststart"]
     if text is not None:
-        options += ["-metadata", f"{_TAG}={text}"]
+        options += ["-metadata", f"{CLIP_TAG}={text}"]
     scratch = path.with_name(path.name + ".mp4")  # imageio looks at the suffix
     writer = imageio.get_writer(
         scratch,
@@ -118,41 +115,3 @@ def read_video(path: str | os.PathLike) -> np.ndarray:
             return np.stack([np.asarray(frame) for frame in reader])
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} can't be read as a clip: {error}") from None
-
-
-def _mp4_tag(path: Path) -> str | None:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "ffmetadata", "-"]
-    run = subprocess.run(command, capture_output=True, check=False)
-    if run.returncode != 0:
-        raise ValueError(f"{path} can't be read as a clip: {run.stderr.decode(errors='replace').strip()[:200]}")
-    prefix = f"{_TAG}="
-    lines = [line for line in run.stdout.decode("utf-8").split("\n") if line.startswith(prefix)]
-    if not lines:
-        return None
-    escaped, text, position = lines[0][len(prefix) :], [], 0
-    while position < len(escaped):  # ffmpeg's metadata format puts a backslash before = ; # \ and newlines
-        position += escaped[position] == "\\"
-        text.append(escaped[position])
-        position += 1
-    return "".join(text)
-
-
-def read_video_record(path: str | os.PathLike) -> dict[str, Any]:
-    """The metadata inside a clip that this suite wrote.
-
-    Raises:
-        ValueError: the file is no clip, or carries no metadata of this suite.
-    """
-    path = Path(path)
-    if path.suffix.lower() == ".gif":
-        try:
-            with Image.open(path) as image:
-                comment = image.info.get("comment")
-        except OSError as error:
-            raise ValueError(f"{path} can't be read as a clip: {error}") from None
-        text = comment.decode("ascii", errors="replace") if comment else None
-    else:
-        text = _mp4_tag(path)
-    if not text:
-        raise ValueError(f"{path} carries no metadata (was it saved without, or re-encoded?)")
-    return parse_record(text, str(path))

@@ -11,6 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
+from dit_suite.conditions import action_ids
 from dit_suite.metadata import write_png
 from dit_suite.models.nfd import NFDTransformer3DModel
 from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
@@ -120,10 +121,7 @@ class NFDPipeline(SamplingMixin, DiffusionPipeline):
         rows = [rows] if rows and not isinstance(rows[0], (list, tuple)) else [list(row) for row in rows]
         if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
             raise ValueError("actions must be one or several non-empty lists of one length")
-        indices = [[names.index(a) if isinstance(a, str) and a in names else a for a in row] for row in rows]
-        for value in (a for row in indices for a in row):
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < size:
-                raise ValueError(f"there is no action {value!r}; they are 0..{size - 1}: {', '.join(names)}")
+        indices = [action_ids(row, names) for row in rows]
         return torch.nn.functional.one_hot(torch.tensor(indices), size).float()
 
     def check_inputs(

@@ -1,7 +1,6 @@
 """What the pipelines share: callbacks, common checks, initial noise, text and class conditions, decoding."""
 
 import contextlib
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import PeftAdapterMixin, SanaLoraLoaderMixin
 
+from dit_suite.conditions import ClassLabels
 from dit_suite.schedulers.generators import randn_per_sample
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -217,51 +217,15 @@ class ClassLabelsMixin:
         self.register_to_config(id2label=names)
 
     @property
+    def known_labels(self) -> ClassLabels:
+        """The classes of the network, with their names."""
+        return ClassLabels(self.num_classes, self.null_class, self.config.id2label)
+
+    @property
     def labels(self) -> dict[str, tuple[int, ...]]:
         """Class ids by name (lower case); in ImageNet a few names belong to two classes."""
-        found: dict[str, tuple[int, ...]] = {}
-        for key, names in (self.config.id2label or {}).items():
-            for name in names.split(","):
-                name = name.strip().lower()
-                found[name] = (*found.get(name, ()), int(key))
-        return found
+        return self.known_labels.by_name
 
     def get_label_ids(self, labels: Any) -> list[int]:
-        """Class ids of names or ids; None is the null class where the network has one.
-
-        Raises:
-            ValueError: a name is unknown or belongs to several classes, an id is out of range, or nothing was given.
-        """
-        given = labels if isinstance(labels, (list, tuple)) else [labels]
-        if not given:
-            raise ValueError("class_labels must name at least one class")
-        return [self._label_id(label) for label in given]
-
-    def _label_id(self, label: int | str | None) -> int:
-        if label is None:
-            if self.null_class is None:
-                raise ValueError("class_labels must be ids or names, got None (this network has no null class)")
-            return self.null_class
-        if isinstance(label, bool) or not isinstance(label, (int, str)):
-            raise ValueError(f"class_labels must be ids or names, got {label!r}")
-        if not self.num_classes:
-            raise ValueError(f"this network is unconditional: class_labels must be None, got {label!r}")
-        if isinstance(label, str) and not label.strip().isdecimal():
-            return self._named_label(label)
-        value = int(label)
-        if not (0 <= value < self.num_classes or value == self.null_class):
-            raise ValueError(f"class_labels must lie between 0 and {self.num_classes - 1}, got {value}")
-        return value
-
-    def _named_label(self, label: str) -> int:
-        names = self.labels
-        ids = names.get(label.strip().lower(), ())
-        if len(ids) > 1:
-            raise ValueError(f"{label!r} is the name of the classes {', '.join(map(str, ids))}: give the id")
-        if not ids:
-            close = difflib.get_close_matches(label.strip().lower(), names, n=3)
-            hint = f"; close names: {', '.join(close)}" if close else "; this model has no names"
-            if names and not close:
-                hint = f"; the names begin with {', '.join(list(names)[:5])}"
-            raise ValueError(f"there is no class {label!r}{hint}")
-        return ids[0]
+        """Class ids of names or ids, as `ClassLabels.ids`."""
+        return self.known_labels.ids(labels)

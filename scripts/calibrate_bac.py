@@ -19,12 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dit_suite.caching.plan import BACConfig
-from dit_suite.checkpoints import find_checkpoint
-from dit_suite.registry import technique
+from dit_suite.checkpoints import Checkpoint, find_checkpoint
 
 
-def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
-    """The parser, with the options of `pipeline` if it is known already."""
+def build_parser(checkpoint: Checkpoint | None) -> argparse.ArgumentParser:
+    """The parser, with the options of the checkpoint's pipeline if it is known already."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="bundled name, folder, or owner/name@revision")
     conditions = parser.add_mutually_exclusive_group(required=True)
@@ -39,8 +38,9 @@ def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--max-elements", type=int, default=65536, help="values kept of every output (default: 65536)")
     parser.add_argument("--measure", nargs="+", type=int, default=[], metavar="BUDGET", help="budgets to sample with")
     parser.add_argument("--output", type=Path, required=True, help="folder for the profile and the schedule")
-    if pipeline is not None:
-        technique(pipeline).options_class().add_arguments(parser.add_argument_group(f"options of {pipeline}"))
+    if checkpoint is not None:
+        options = parser.add_argument_group(f"options of {checkpoint.technique.name}")
+        checkpoint.technique.options_class().add_arguments(options, checkpoint.defaults)
     BACConfig.add_arguments(parser.add_argument_group("the schedule"))
     return parser
 
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace, checkpoint: Any) -> int:
         model=args.model,
         weights_sha256=checkpoint.weights_sha256,
         conditions=_conditions(args),
-        options=row.options_class().from_namespace(args),
+        options=row.options_class().from_namespace(args, checkpoint.defaults),
         seed=args.seed,
         batch_size=args.batch_size,
         scheduler=args.scheduler,
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     model = first.parse_known_args(argv)[0].model
     try:
         checkpoint = find_checkpoint(model) if model else None
-        args = build_parser(checkpoint.technique.name if checkpoint else None).parse_args(argv)
+        args = build_parser(checkpoint).parse_args(argv)
         return run(args, checkpoint)
     except (ValueError, FileNotFoundError) as error:
         print(f"calibrate_bac.py: {error}", file=sys.stderr)

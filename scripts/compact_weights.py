@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from dit_suite.checkpoints import find_checkpoint, open_pipeline
     from dit_suite.compact_weights import from_int8, save_compact, to_int8
-    from dit_suite.data.tables import replacing_folder
+    from dit_suite.files import replacing_folder
 
     try:
         if args.output.exists():

@@ -8,10 +8,7 @@ The folder appears whole or not at all.
 """
 
 import argparse
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dit_suite.converters import ConversionError, Converter, discover
+from dit_suite.files import replacing_folder
 
 
 def _parse(argv: Sequence[str] | None, converters: dict[str, Converter]) -> argparse.Namespace:
@@ -48,14 +46,8 @@ def save_whole(product: Any, output: Path, max_shard_size: str = "5GB") -> None:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists already and is not an empty folder")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with replacing_folder(output) as part:
         product.save_pretrained(part, max_shard_size=max_shard_size)
-        part.chmod(0o755)
-        os.replace(part, output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -190,6 +190,7 @@ def run(args: argparse.Namespace, job: Any) -> None:
     from dit_suite.evaluation.report import append_line
     from dit_suite.evaluation.runner import Evaluation
     from dit_suite.evaluation.statistics import save_feature_set
+    from dit_suite.files import check_folder
     from dit_suite.sample_files import distributed_state
 
     options = EvaluationOptions.from_namespace(args)
@@ -201,6 +202,10 @@ def run(args: argparse.Namespace, job: Any) -> None:
     requests = parse_metrics(metrics) if metrics else ()
     if args.device is not None:
         check_device(args.device)
+    for target in filter(None, (args.output, args.save_statistics)):
+        check_folder(target.parent)
+        if target.is_dir():
+            raise ValueError(f"{target} is a folder; name a file in it")
     state = distributed_state()
     inputs = open_inputs(args, job, state)
     device = args.device or state.device
@@ -246,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.generate and not args.samples:
             raise ValueError("give --samples, or --generate with sample.py's flags")
         run(args, job)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -18,13 +18,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dit_suite.checkpoints import find_checkpoint
+from dit_suite.checkpoints import Checkpoint, find_checkpoint
 from dit_suite.grafting.distill import DistillConfig
-from dit_suite.registry import technique
 
 
-def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
-    """The parser, with the options of `pipeline` if it is known already."""
+def build_parser(checkpoint: Checkpoint | None) -> argparse.ArgumentParser:
+    """The parser, with the options of the checkpoint's pipeline if it is known already."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="bundled name, folder, or owner/name@revision")
     parser.add_argument("--plan", type=Path, required=True, help="YAML or JSON graft plan")
@@ -39,8 +38,9 @@ def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--device")
     parser.add_argument("--output", type=Path, required=True, help="folder for the grafted pipeline")
-    if pipeline is not None:
-        technique(pipeline).options_class().add_arguments(parser.add_argument_group(f"options of {pipeline}"))
+    if checkpoint is not None:
+        options = parser.add_argument_group(f"options of {checkpoint.technique.name}")
+        checkpoint.technique.options_class().add_arguments(options, checkpoint.defaults)
     DistillConfig.add_arguments(parser.add_argument_group("stage 1"))
     return parser
 
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace, checkpoint: Any) -> int:
     row, config = checkpoint.technique, DistillConfig.from_namespace(args)
     job = SamplingJob(
         technique=row.name, model=args.model, weights_sha256=checkpoint.weights_sha256,
-        conditions=_conditions(args) or ("",), options=row.options_class().from_namespace(args), seed=config.seed,
-        batch_size=args.batch_size,
+        conditions=_conditions(args) or ("",), seed=config.seed, batch_size=args.batch_size,
+        options=row.options_class().from_namespace(args, checkpoint.defaults),
     )  # fmt: skip
     deadline = None if args.max_minutes is None else time.monotonic() + 60 * args.max_minutes
     facts = graft_checkpoint(
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     model = first.parse_known_args(argv)[0].model
     try:
         checkpoint = find_checkpoint(model) if model else None
-        args = build_parser(checkpoint.technique.name if checkpoint else None).parse_args(argv)
+        args = build_parser(checkpoint).parse_args(argv)
         return run(args, checkpoint)
     except (ValueError, FileNotFoundError) as error:
         print(f"graft.py: {error}", file=sys.stderr)

@@ -7,11 +7,9 @@ scheduler config is the strategy. The pipeline uses it by default.
 """
 
 import argparse
-import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from safetensors import safe_open
 
 from dit_suite.checkpoints import SHARD_SIZE, find_checkpoint, open_pipeline
 from dit_suite.compact_weights import SCALE
+from dit_suite.files import replacing_folder
 from dit_suite.schedulers.generators import randn_per_sample, sample_generators
 from dit_suite.schedulers.gs_jacobi import FlowGuidance
 from dit_suite.schedulers.tarflow_planner import Planner, calibrate, fit_guesses
@@ -129,17 +128,11 @@ def save(pipe, source: Path, output: Path) -> None:
     """Writes the checkpoint and the texts that lie beside it, whole or not at all."""
     if output.exists():
         raise FileExistsError(f"{output} exists already")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with replacing_folder(output) as part:
         pipe.save_pretrained(part, max_shard_size=SHARD_SIZE)
         for text in source.iterdir():
             if text.is_file() and not (part / text.name).exists():
                 shutil.copyfile(text, part / text.name)
-        part.chmod(0o755)
-        os.replace(part, output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

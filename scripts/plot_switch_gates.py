@@ -8,7 +8,6 @@ matched to the experts, and the share of experts that two timesteps have in comm
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dit_suite.files import write_atomically
 from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
 from dit_suite.training.auxiliary import diffusion_prior, match_units, prior_loss
 
@@ -108,9 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"plot_switch_gates.py: {error}", file=sys.stderr)
         return 2
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    part = arguments.output.with_name(f".{arguments.output.name}.part")
-    page.save(part, format="PNG")
-    os.replace(part, arguments.output)
+    write_atomically(arguments.output, lambda temporary: page.save(temporary, format="PNG"))
     print(f"wrote {arguments.output}")
     return 0
 

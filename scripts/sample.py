@@ -5,7 +5,9 @@
     torchrun --nproc-per-node 2 scripts/sample.py --pipeline pixart --prompts-file prompts.txt ...           (CPU)
     python scripts/sample.py --from-image outputs/apple/000000.png --output outputs/again
 
-A run that was stopped goes on when the same command is given again. `--pipeline NAME --help` lists the options of NAME.
+A run that was stopped goes on when the same command is given again. `--pipeline NAME --help` or `--model NAME --help`
+lists the options of NAME. An option that is not given has the value that the checkpoint recommends (its sampling.json),
+else that of the pipeline.
 """
 
 import argparse
@@ -16,15 +18,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dit_suite.checkpoints import find_checkpoint
+from dit_suite.checkpoints import Checkpoint, find_checkpoint
 from dit_suite.metadata import read_record
+from dit_suite.options import Options
 from dit_suite.registry import ACCELERATIONS, TECHNIQUES, technique
 from dit_suite.sample_files import SampleFolder, distributed_state
 from dit_suite.sampling import SamplingJob, StartImage, job_of_record, parse_acceleration
 
 
-def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
-    """The parser, with the options of `pipeline` if it is known already."""
+def build_parser(pipeline: str | None, defaults: Options | None = None) -> argparse.ArgumentParser:
+    """The parser, with the options of `pipeline` and their defaults if they are known already."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [row.name for row in TECHNIQUES]
     parser.add_argument("--pipeline", choices=names, help="technique; default: the one the checkpoint belongs to")
@@ -55,15 +58,39 @@ def build_parser(pipeline: str | None) -> argparse.ArgumentParser:
         "--accelerate", action="append", default=[], metavar="NAME[:key=value,...]", help=f"plug-in: {plugins}"
     )
     if pipeline is not None:
-        technique(pipeline).options_class().add_arguments(parser.add_argument_group(f"options of {pipeline}"))
+        options = parser.add_argument_group(f"options of {pipeline}")
+        technique(pipeline).options_class().add_arguments(options, defaults)
     return parser
+
+
+def chosen_checkpoint(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint that `--model` names, else the bundled one of `--pipeline`.
+
+    Raises:
+        ValueError, FileNotFoundError: neither is given, they do not belong together, or there is no such checkpoint.
+    """
+    if args.model is not None:
+        checkpoint = find_checkpoint(args.model)
+        if args.pipeline not in (None, checkpoint.technique.name):
+            raise ValueError(f"{args.model} belongs to {checkpoint.technique.name}, not to {args.pipeline}")
+        return checkpoint
+    if args.pipeline is None:
+        raise ValueError("give --pipeline or --model")
+    bundled = technique(args.pipeline).bundled
+    if bundled is None:
+        raise ValueError(f"{args.pipeline} has no bundled checkpoint; give --model")
+    return find_checkpoint(bundled)
 
 
 def read_lines(path: Path) -> tuple[str, ...]:
     """Non-empty lines of a text file."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    lines = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from None
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
         raise ValueError(f"{path} holds no prompt")
     return lines
@@ -75,7 +102,7 @@ def read_actions(path: Path) -> tuple[tuple[int | str, ...], ...]:
         raise ValueError(f"there is no file {path}")
     try:
         lists = json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read as JSON: {error}") from None
     if not (isinstance(lists, list) and lists and all(isinstance(row, list) and row for row in lists)):
         raise ValueError(f"{path} must hold a list of non-empty action lists")
@@ -134,28 +161,18 @@ def job_from_arguments(argv: list[str]) -> tuple[argparse.Namespace, SamplingJob
         record = read_record(args.from_image)
         job, indices = job_of_record(record, model=args.model)
         return args, job, indices
-    checkpoint = None
-    if first.model is not None:
-        checkpoint = find_checkpoint(first.model)
-        if first.pipeline not in (None, checkpoint.technique.name):
-            raise ValueError(f"{first.model} belongs to {checkpoint.technique.name}, not to {first.pipeline}")
-    name = first.pipeline or (checkpoint.technique.name if checkpoint else None)
-    args = build_parser(name).parse_args(argv)
-    if name is None:
-        raise ValueError("give --pipeline or --model")
-    if checkpoint is None:
-        row = technique(name)
-        if row.bundled is None:
-            raise ValueError(f"{name} has no bundled checkpoint; give --model")
-        checkpoint = find_checkpoint(row.bundled)
-        args.model = row.bundled
-    options_class = technique(name).options_class()
+    if first.model is None and first.pipeline is None:
+        build_parser(None).parse_args(argv)  # a flag that no pipeline has is told first
+    checkpoint = chosen_checkpoint(first)
+    row = checkpoint.technique
+    args = build_parser(row.name, checkpoint.defaults).parse_args(argv)
+    options_class = row.options_class()
     job = SamplingJob(
-        technique=name,
-        model=args.model,
+        technique=row.name,
+        model=args.model or row.bundled,
         weights_sha256=checkpoint.weights_sha256,
         conditions=read_conditions(args, options_class.condition),
-        options=options_class.from_namespace(args),
+        options=options_class.from_namespace(args, checkpoint.defaults),
         seed=args.seed,
         batch_size=args.batch_size,
         scheduler=args.scheduler,
@@ -164,6 +181,21 @@ def job_from_arguments(argv: list[str]) -> tuple[argparse.Namespace, SamplingJob
         start_image=StartImage.of_file(args.start_image) if args.start_image else None,
     )
     return args, job, None
+
+
+def print_help(argv: list[str]) -> None:
+    """The help, with the options of the checkpoint that the flags name; those of `--pipeline` if it is not here."""
+    argv = [text for text in argv if text not in ("-h", "--help")]
+    args, _ = build_parser(None).parse_known_args([*argv, "--output=."])
+    if args.model is None and args.pipeline is None:
+        build_parser(None).print_help()
+        return
+    try:
+        checkpoint = chosen_checkpoint(args)
+    except FileNotFoundError:
+        build_parser(args.pipeline).print_help()
+        return
+    build_parser(checkpoint.technique.name, checkpoint.defaults).print_help()
 
 
 def quiet_loading() -> None:
@@ -180,10 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if "--help" in argv or "-h" in argv:
-            first, _ = build_parser(None).parse_known_args(
-                [a for a in argv if a not in ("-h", "--help")] + ["--output=."]
-            )
-            build_parser(first.pipeline).print_help()
+            print_help(argv)
             return 0
         args, job, indices = job_from_arguments(argv)
         quiet_loading()
@@ -201,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
         folder.run(num_samples, npz=args.npz, sheet=args.sheet, device=args.device)
         if distributed_state().is_main_process:
             print(f"samples 0 to {num_samples - 1}: {args.output}")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dit_suite.files import check_folder
 from dit_suite.training.config import load_config
 
 
@@ -28,13 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides.append(f"run.max_minutes={arguments.max_minutes}")
     try:
         config = load_config(arguments.config, overrides)
+        check_folder(config.output)
         from dit_suite.training.trainer import Trainer
 
         trainer = Trainer(config, report=lambda line: print(line, flush=True))
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: trainer.request_stop())
         target = trainer.run()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     print(target if target is not None else "stopped; the same command goes on")

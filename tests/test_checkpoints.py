@@ -23,6 +23,7 @@ from dit_suite.checkpoints import (
 )
 from dit_suite.registry import TECHNIQUES, technique, technique_of_class
 from dit_suite.text_encoders import TextEncoderSource, load_text_encoder, text_encoder_folder
+from scripts.index_checkpoints import read_card
 from tests.tiny import save_tiny, tiny_text_encoder, tiny_text_to_image, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +130,36 @@ def test_folder_without_pipeline(tmp_path):
         find_checkpoint(tmp_path)
 
 
+def test_recommended_options_come_with_the_folder(copy):
+    """`sampling.json` changes the technique's defaults; without it they stay."""
+    plain = technique("pixart").options_class()()
+    assert find_checkpoint(copy).defaults == plain
+    (copy / "sampling.json").write_text('{"num_inference_steps": 3, "guidance_scale": 2}')
+    assert find_checkpoint(copy).defaults == plain.changed({"num_inference_steps": 3, "guidance_scale": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "sampling.json can't be used: Expecting"),
+        ("[3]", "must hold a JSON object"),
+        ('{"steps": 3}', "has no option 'steps'"),
+        ('{"num_inference_steps": 0}', "num_inference_steps must be between 1 and 1000, got 0"),
+    ],
+)
+def test_recommended_options_that_do_not_fit_are_one_sentence(copy, text, message):
+    (copy / "sampling.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        find_checkpoint(copy)
+
+
+def test_bundles_whose_sheets_were_made_otherwise_say_so():
+    """Steps and guidance of the sheets in their cards."""
+    for name, steps in (("emoji-dit-32", 20), ("emoji-lego-64", 10)):
+        found = find_checkpoint(name).defaults
+        assert (found.num_inference_steps, found.guidance_scale) == (steps, 2.0), name
+
+
 def test_bundles_are_what_the_index_says():
     index = bundled_index()
     assert "emoji-pixart-64" in index
@@ -138,7 +169,9 @@ def test_bundles_are_what_the_index_says():
         shards = list(folder.rglob("*.safetensors"))
         assert sum(path.stat().st_size for path in shards) == row["size_bytes"]
         assert all(path.stat().st_size < 14_000_000 for path in shards)
-        assert (folder / "README.md").is_file()
+        card = read_card(folder / "README.md")
+        assert (row["licence"], row["source"]) == (card["license"], card["source"]), name
+        assert row["licence"] == "apache-2.0"  # the README says it of all weights trained here
     for row in TECHNIQUES:
         assert row.bundled is None or row.bundled in index, row.name
 

@@ -42,6 +42,22 @@ def test_flags_round_trip():
     assert "pixels (default" not in text  # no default to tell
 
 
+def test_other_defaults_than_the_class_has():
+    """A flag wins over them, the help tells them, and values that do not fit are refused."""
+    defaults = Sample().changed({"steps": 9, "width": 5, "sizes": [3]})
+    assert defaults == Sample(steps=9, width=5, sizes=(3,))
+    parser = argparse.ArgumentParser()
+    Sample.add_arguments(parser, defaults)
+    assert Sample.from_namespace(parser.parse_args([]), defaults) == defaults
+    found = Sample.from_namespace(parser.parse_args(["--steps", "20", "--scale", "1"]), defaults)
+    assert found == Sample(steps=20, scale=1.0, width=5, sizes=(3,))
+    text = " ".join(parser.format_help().split())
+    assert "number of steps (default: 9)" in text and "pixels (default: 5)" in text and "(default: 4.0)" in text
+    for values, message in (({"speed": 1}, "has no option 'speed'"), ({"steps": 0}, "steps must be between")):
+        with pytest.raises(ValueError, match=message):
+            defaults.changed(values)
+
+
 def test_fields_describe_controls():
     steps, scale, mode, sizes, width, dry = fields_of(Sample)
     assert (steps.kind, steps.minimum, steps.maximum, steps.flag) == (int, 1, 100, "--steps")

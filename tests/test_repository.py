@@ -43,3 +43,16 @@ def test_readme_names_real_files():
     assert names
     for name in names:
         assert (ROOT / name).is_file(), name
+
+
+def test_no_two_packages_import_each_other(tracked):
+    """Imports inside functions count. Known: Switch-DiT reads the step plan, which lies with the schedulers."""
+    uses = set()
+    for path in tracked:
+        inside = path.relative_to(ROOT).parts
+        if path.suffix == ".py" and inside[0] == "dit_suite" and len(inside) > 2:
+            found = re.findall(r"^\s*from dit_suite\.(\w+)\.\w+", path.read_text("utf-8"), re.MULTILINE)
+            uses |= {(inside[1], other) for other in found if other != inside[1]}
+    assert ("training", "data") in uses
+    both = {pair for pair in uses if pair[::-1] in uses and pair[0] < pair[1]}
+    assert both <= {("models", "schedulers")}, both

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dit_suite.metadata import read_record
-from dit_suite.video import read_video, read_video_record, write_frames, write_video
+from dit_suite.video import read_video, write_frames, write_video
 
 RECORD = {
     "version": 1,
@@ -33,7 +33,7 @@ def test_round_trip_of_frames_and_metadata(tmp_path, suffix):
     back = read_video(path)
     assert back.shape == clip.shape
     assert np.abs(back.astype(int) - clip.astype(int)).mean() < 3
-    assert read_video_record(path) == RECORD
+    assert read_record(path) == RECORD
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
@@ -63,10 +63,10 @@ def test_bad_clips_and_files(tmp_path):
     with pytest.raises(ValueError, match="fps must be positive"):
         write_video(_clip(), tmp_path / "a.mp4", fps=0)
     write_video(_clip(), tmp_path / "plain.mp4")
-    with pytest.raises(ValueError, match="carries no metadata"):
-        read_video_record(tmp_path / "plain.mp4")
+    with pytest.raises(ValueError, match="carries no dit_suite metadata"):
+        read_record(tmp_path / "plain.mp4")
     (tmp_path / "broken.mp4").write_bytes(b"no clip")
-    for read in (read_video, read_video_record):
+    for read in (read_video, read_record):
         with pytest.raises(ValueError, match="can't be read as a clip"):
             read(tmp_path / "broken.mp4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.mp4", "plain.mp4"]

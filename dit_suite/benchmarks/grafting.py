@@ -23,7 +23,7 @@ import torch
 
 from dit_suite.benchmarks.held_out import HeldOut, distance_cells, save_sheet
 from dit_suite.checkpoints import Checkpoint, find_checkpoint
-from dit_suite.files import write_atomically, write_json
+from dit_suite.files import write_json, write_text
 
 NAME = "grafting"
 LONG = True
@@ -424,5 +424,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     known = [name for name in (*CELLS, *args.cells) if (args.output / name / "cell.json").is_file()]
     records = [Cell(name, args.output / name).record for name in dict.fromkeys(known)]
     text = markdown(records)
-    write_atomically(args.output / "grafting.md", lambda temporary: temporary.write_text(text, "utf-8"))
+    write_text(args.output / "grafting.md", text)
     return {"settings": settings, "rows": [row_of(record) for record in records]}

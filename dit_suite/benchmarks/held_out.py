@@ -20,7 +20,8 @@ from dit_suite.data.labels import FILE_NAME as LABEL_FILE
 from dit_suite.data.labels import LabelTable
 from dit_suite.evaluation.datasets import SEPARATOR, conditions_of
 from dit_suite.evaluation.extraction import extract
-from dit_suite.evaluation.extractors import FeatureExtractor, load_extractor
+from dit_suite.evaluation.extractors import load_extractor
+from dit_suite.evaluation.feature_extractor import FeatureExtractor
 from dit_suite.evaluation.metric_names import parse_metrics
 from dit_suite.evaluation.options import EvaluationOptions
 from dit_suite.evaluation.runner import Evaluation, Inputs

@@ -64,9 +64,9 @@ def game_clips(count: int, frames: int, seed: int) -> Clips:
 
 def recorded_clips(folder: str, split: str, count: int, frames: int, num_actions: int) -> Clips:
     """Evenly spread windows of recorded play; the action to the first frame of a window is known or null."""
+    from dit_suite.data.draws import Draws
     from dit_suite.data.readers import open_actions
-    from dit_suite.training.config import DataSection
-    from dit_suite.training.draws import Draws
+    from dit_suite.data.section import DataSection
 
     source = open_actions(DataSection(kind="actions", path=folder, split=split, frames=frames))
     rows = torch.linspace(0, len(source) - 1, min(count, len(source))).long()

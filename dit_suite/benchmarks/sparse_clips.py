@@ -16,7 +16,7 @@ from dit_suite.attention.merge import attention_with_lse
 from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod
 from dit_suite.attention.plugin import SparseAttentionHandle
 from dit_suite.benchmarks.sparse_contenders import Contender
-from dit_suite.files import write_atomically
+from dit_suite.files import write_text
 from dit_suite.schedulers.step_plan import current_step
 
 _PROBES = (0.3, 0.6, 0.9)
@@ -85,7 +85,7 @@ def _known_clips(path: Path | None) -> list[dict[str, Any]]:
     text = path.read_text("utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        write_atomically(path, lambda temporary: temporary.write_text(whole, "utf-8"))
+        write_text(path, whole)
     return [json.loads(line) for line in whole.splitlines()]
 
 

@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dit_suite.benchmarks.clock import interleaved
 from dit_suite.checkpoints import Checkpoint, find_checkpoint
 from dit_suite.evaluation.datasets import conditions_of
-from dit_suite.evaluation.extractors import FeatureExtractor, load_extractor
+from dit_suite.evaluation.extractors import load_extractor
+from dit_suite.evaluation.feature_extractor import FeatureExtractor
 from dit_suite.evaluation.metric_names import parse_metrics
 from dit_suite.evaluation.options import EvaluationOptions
 from dit_suite.evaluation.runner import Evaluation, Inputs

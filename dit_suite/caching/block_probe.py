@@ -12,7 +12,7 @@ from diffusers.hooks._common import _ATTENTION_CLASSES, _FEEDFORWARD_CLASSES
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import nn
 
-from dit_suite.grafting.operators import Operator
+from dit_suite.models.operator import Operator
 
 GRANULARITIES = ("subblock", "block", "stack")
 

@@ -24,7 +24,7 @@ from dit_suite.caching.schedule import (
     spread_schedule,
     step_lengths,
 )
-from dit_suite.files import write_atomically
+from dit_suite.files import write_text
 from dit_suite.options import Options, option
 
 FORMAT = "bac-schedule/1"
@@ -165,9 +165,7 @@ class BACSchedule:
             branch["weights"] = [
                 {str(k): [round(w, 7) for w in v] for k, v in unit.items()} for unit in branch["weights"]
             ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"format": FORMAT, **facts}) + "\n"
-        write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+        write_text(path, json.dumps({"format": FORMAT, **facts}) + "\n")
         return path
 
     @classmethod

@@ -26,7 +26,8 @@ from dit_suite.data.packages import (
     read_json,
 )
 from dit_suite.data.splits import split_of
-from dit_suite.data.tables import read_rows, table_metadata, write_table, write_text
+from dit_suite.data.tables import read_rows, table_metadata, write_table
+from dit_suite.files import write_text
 from dit_suite.options import Options, option
 
 SCHEMA = pa.schema(

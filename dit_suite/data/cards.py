@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_suite.data.packages import EMOJIBASE, Style
-from dit_suite.data.tables import write_text
+from dit_suite.files import write_text
 from dit_suite.options import Options
 
 MIT_TEXT = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and

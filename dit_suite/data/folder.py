@@ -17,7 +17,8 @@ from dit_suite.data.emoji64 import lossless_webp
 from dit_suite.data.labels import LabelTable
 from dit_suite.data.pictures import on_white
 from dit_suite.data.splits import split_of
-from dit_suite.data.tables import read_rows, table_metadata, write_table, write_text
+from dit_suite.data.tables import read_rows, table_metadata, write_table
+from dit_suite.files import write_text
 from dit_suite.hashing import sha256_of
 from dit_suite.options import Options, option
 

@@ -19,7 +19,8 @@ import pyarrow as pa
 from PIL import Image
 
 from dit_suite.data.cards import content_hash, count_lines
-from dit_suite.data.tables import read_rows, table_metadata, write_table, write_text
+from dit_suite.data.tables import read_rows, table_metadata, write_table
+from dit_suite.files import write_text
 from dit_suite.options import Options, option
 
 ACTION_NAMES = ("none", "forward", "left", "right", "forward-left", "forward-right")

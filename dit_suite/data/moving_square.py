@@ -7,16 +7,14 @@ has to carry it from the frames before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from dit_suite.data.readers import ActionWindows
+from dit_suite.data.section import DataSection
+from dit_suite.data.splits import made_seed
 from dit_suite.options import Options, option
-
-if TYPE_CHECKING:
-    from dit_suite.data.readers import ActionWindows
-    from dit_suite.training.config import DataSection
 
 ACTION_NAMES = ("stay", "up", "down", "left", "right")
 MOVES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
@@ -145,16 +143,14 @@ class MovingSquareClips(torch.utils.data.Dataset):
         return {"video": to_samples(frames), "actions": one_hot(actions, MovingSquareGame.num_actions)}
 
 
-def open_moving_square(section: "DataSection") -> "ActionWindows":
+def open_moving_square(section: DataSection) -> ActionWindows:
     """The game as a training set (`data.kind: dit_suite.data.moving_square:open_moving_square`).
 
-    `section.count` episodes of twice `section.frames` frames; `section.size` pixels (0: 16). The split "heldout" has
-    other seeds than the rest.
+    `section.count` episodes of twice `section.frames` frames; `section.size` pixels (0: 16). The splits are "train" and
+    "heldout".
     """
-    from dit_suite.data.readers import ActionWindows
-
     options = MovingSquareOptions(size=section.size or 16)
-    clips = MovingSquareClips(section.count, 2 * section.frames, options, seed=int(section.split == "heldout"))
+    clips = MovingSquareClips(section.count, 2 * section.frames, options, seed=made_seed(section.split))
     frames, actions, episodes = [], [], []
     for index in range(section.count):
         pictures, pressed = clips.episode(index)

@@ -11,13 +11,14 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from dit_suite.data.captions import captions_of
+from dit_suite.data.draws import Draws, Stream
 from dit_suite.data.labels import FILE_NAME as LABEL_FILE
 from dit_suite.data.labels import LabelTable
 from dit_suite.data.procedural import shapes_set, sprites_set
+from dit_suite.data.section import DataSection
+from dit_suite.data.splits import made_seed
 from dit_suite.data.tables import read_rows
 from dit_suite.registry import resolve, resolve_named
-from dit_suite.training.config import DataSection
-from dit_suite.training.draws import Draws, Stream
 
 _WORKERS = 8
 
@@ -356,15 +357,16 @@ def open_actions(section: DataSection) -> ActionWindows:
 
 
 def open_shapes(section: DataSection) -> ImageRows:
-    """The procedural shapes."""
-    pixels, labels, captions = shapes_set(section.count, section.size or 16)
+    """The procedural shapes; the splits are "train" and "heldout"."""
+    pixels, labels, captions = shapes_set(section.count, section.size or 16, made_seed(section.split))
     names = {int(label): caption for label, caption in sorted(zip(labels.tolist(), captions, strict=True))}
     return ImageRows(pixels, section, labels, names, [(caption,) for caption in captions])
 
 
 def open_sprites(section: DataSection) -> ClipRows:
-    """The procedural bouncing sprites."""
-    clips, labels, captions = sprites_set(section.count, 2 * section.frames, section.size or 16)
+    """The procedural bouncing sprites; the splits are "train" and "heldout"."""
+    size, seed = section.size or 16, made_seed(section.split)
+    clips, labels, captions = sprites_set(section.count, 2 * section.frames, size, seed)
     names = {int(label): caption for label, caption in sorted(zip(labels.tolist(), captions, strict=True))}
     return ClipRows(list(clips), section, labels, names, [(caption,) for caption in captions])
 

@@ -1,4 +1,4 @@
-"""Which pictures are for training: held out by concept, and by (concept, style) pair."""
+"""Which samples are for training: pictures held out by concept and by (concept, style) pair, made ones by seed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,6 +22,17 @@ def split_of(concept: str, style: str, *, salt: str = "dit_suite", heldout: floa
     if _fraction(f"{salt}/pair/{concept}/{style}") < pairs:
         return PAIRS
     return TRAIN
+
+
+def made_seed(split: str) -> int:
+    """The seed of a set that is made on the fly: its training samples and the held-out ones are other draws.
+
+    Raises:
+        ValueError: such a set has no such split.
+    """
+    if split not in (TRAIN, HELDOUT):
+        raise ValueError(f"data.split of a set that is made on the fly is {TRAIN} or {HELDOUT}, got {split!r}")
+    return int(split == HELDOUT)
 
 
 def assign_splits(

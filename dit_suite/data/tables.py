@@ -1,9 +1,6 @@
-"""Parquet files and folders that appear whole or not at all."""
+"""Parquet files that appear whole or not at all."""
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dit_suite.files import write_atomically
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda part: part.write_text(text, "utf-8"))
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema, about: Mapping[str, str]) -> None:
@@ -46,21 +37,3 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> list[dict[str
         return pq.read_table(path, columns=None if columns is None else list(columns)).to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {error}") from None
-
-
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path` that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    try:
-        yield part
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        if path.exists():
-            os.replace(path, old)
-        os.replace(part, path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

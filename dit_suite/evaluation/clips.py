@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dit_suite.evaluation.extractors import Extracted, FeatureExtractor, load_torchscript
+from dit_suite.evaluation.feature_extractor import Extracted, FeatureExtractor, load_torchscript
 from dit_suite.evaluation.statistics import ExtractorTag
 from dit_suite.hashing import sha256_of
 

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from dit_suite.evaluation.extractors import FeatureExtractor
+from dit_suite.evaluation.feature_extractor import FeatureExtractor
 from dit_suite.evaluation.sources import Source
 from dit_suite.evaluation.statistics import FeatureSet, FeatureStatistics
 from dit_suite.sampling import batches

@@ -16,13 +16,14 @@ import importlib.util
 import os
 import urllib.error
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dit_suite.evaluation.clips import ClipNetwork
+from dit_suite.evaluation.feature_extractor import Extracted, FeatureExtractor, load_torchscript
 from dit_suite.evaluation.statistics import ExtractorTag
 from dit_suite.hashing import sha256_of
 
@@ -34,47 +35,6 @@ INCEPTION_VARIABLE = "DIT_SUITE_INCEPTION_WEIGHTS"
 SPATIAL_CHANNELS = 7
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """Features `(B, d)`; class logits `(B, classes)` and spatial features `(B, s)` where the network has them."""
-
-    features: torch.Tensor
-    logits: torch.Tensor | None = None
-    spatial: torch.Tensor | None = None
-
-
-class FeatureExtractor(nn.Module):
-    """A frozen network from uint8 pictures `(B, 3, H, W)` to `Extracted`.
-
-    `tag` says what made the features, `suffix` is appended to every metric's name (`fd_enet_lite0`).
-    """
-
-    tag: ExtractorTag
-    has_logits = False
-    has_spatial = False
-    takes_clips = False
-
-    @property
-    def suffix(self) -> str:
-        return self.tag.name.replace("-", "_")
-
-    @property
-    def is_inception(self) -> bool:
-        """True only for the standard weights: then, and only then, a distance may be called FID."""
-        return self.tag.name == "inception-2015-12-05"
-
-    def freeze(self) -> None:
-        self.eval().requires_grad_(False)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    def forward(self, images: torch.Tensor) -> Extracted:
-        """uint8 `(B, 3, H, W)`, or clips `(B, T, H, W, 3)` where `takes_clips`."""
-        raise TypeError(f"{type(self).__name__} does not define forward")
 
 
 def _sha256_of_tensors(module: nn.Module) -> str:
@@ -280,16 +240,6 @@ class TorchScript(FeatureExtractor):
         return Extracted(self.network(images).float())
 
 
-def load_torchscript(path: str | Path) -> torch.jit.ScriptModule:
-    """Loads a scripted module onto the CPU; a missing or damaged file gives one sentence."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no TorchScript file {path}")
-    try:
-        return torch.jit.load(str(path), map_location="cpu").eval()
-    except RuntimeError as error:
-        raise ValueError(f"{path} is not a TorchScript file: {str(error).splitlines()[0]}") from error
-
-
 class RandomConv(FeatureExtractor):
     """Three random convolutions with fixed seed, pooled to 64 features: runs anywhere, means nothing about realism."""
 
@@ -317,8 +267,6 @@ class RandomConv(FeatureExtractor):
 
 
 def _loaders(inception_weights: str | None) -> dict[str, Callable[[str], FeatureExtractor]]:
-    from dit_suite.evaluation.clips import ClipNetwork
-
     return {
         "enet-lite0": lambda rest: EfficientNetLite0(),
         "inception": lambda rest: Inception(inception_weights),

@@ -6,7 +6,7 @@ Only features of the standard Inception network give a `fid`; with other feature
 import re
 from dataclasses import dataclass
 
-from dit_suite.evaluation.extractors import FeatureExtractor
+from dit_suite.evaluation.feature_extractor import FeatureExtractor
 
 SET_METRICS = ("fd", "sfd", "is", "kid", "precision", "recall", "density", "coverage", "mmd")
 PAIR_METRICS = ("psnr", "ssim", "perceptual", "lpips")

@@ -9,7 +9,7 @@ import torch
 
 from dit_suite.evaluation import distances, memorisation, resampling
 from dit_suite.evaluation.extraction import Extraction, Observer, extract
-from dit_suite.evaluation.extractors import FeatureExtractor
+from dit_suite.evaluation.feature_extractor import FeatureExtractor
 from dit_suite.evaluation.metric_names import PAIR_METRICS, Request, result_name
 from dit_suite.evaluation.options import EvaluationOptions
 from dit_suite.evaluation.pairs import PairObserver, pair_metric, summary

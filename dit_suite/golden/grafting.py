@@ -9,8 +9,9 @@ from dit_suite.converters.dit import rename_from_official
 from dit_suite.golden import Result, Tensors, compare, section
 from dit_suite.grafting.distill import Student, distillation_loss
 from dit_suite.grafting.models import GraftedDiTModel
-from dit_suite.grafting.operators import Mlp, MultiHeadAttention, Operator
+from dit_suite.grafting.operators import Mlp, MultiHeadAttention
 from dit_suite.grafting.plan import OperatorSpec, build_operator, detect_operators
+from dit_suite.models.operator import Operator
 from dit_suite.schedulers.guidance import guide
 
 FAMILY = "grafting"

@@ -8,9 +8,9 @@ from dit_suite.converters import build_strict
 from dit_suite.converters.lego import config_from, convert_keys
 from dit_suite.golden import Result, Tensors, compare, section
 from dit_suite.models.lego import LegoTransformer2DModel
-from dit_suite.schedulers.edm_heun import EDMHeunScheduler
+from dit_suite.schedulers.edm_heun import EDMHeunScheduler, edm_scalings
 from dit_suite.schedulers.guidance import guide
-from dit_suite.training.objectives import edm_scalings, edm_weight, expand_to, mean_per_sample
+from dit_suite.training.objectives import edm_weight, expand_to, mean_per_sample
 
 FAMILY = "lego"
 PREFIXES = ("lego_",)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dit_suite.models.operator import Operator
+
 CONV_TAPS = 4
 
 
@@ -33,30 +35,6 @@ def _identity_filter(conv: nn.Conv1d) -> nn.Conv1d:
         conv.weight[..., -1] = 1.0
         conv.bias.zero_()
     return conv
-
-
-class Operator(nn.Module):
-    """Base: accepts the call of an attention or feed-forward module and refuses what no operator can honour."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """(batch, tokens, width) to the same shape.
-
-        Raises:
-            ValueError: a mask or a second sequence is given; a grafted operator has no use for either.
-        """
-        if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError(f"{type(self).__name__} is no cross-attention and takes no attention mask")
-        return self.mix(hidden_states)
-
-    def mix(self, x: torch.Tensor) -> torch.Tensor:
-        """The operator itself."""
-        raise TypeError(f"{type(self).__name__} defines no operator")
 
 
 class MultiHeadAttention(Operator):

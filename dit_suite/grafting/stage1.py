@@ -1,11 +1,12 @@
 """Grafting a checkpoint: the plan carried out, stage 1 on samples of the original, the result as a pipeline folder."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dit_suite.checkpoints import SHARD_SIZE, Checkpoint
+from dit_suite.checkpoints import SAMPLING_FILE, SHARD_SIZE, Checkpoint
 from dit_suite.files import write_json
 from dit_suite.grafting.distill import DistillConfig, Distiller
 from dit_suite.grafting.locality import AttentionLocality
@@ -104,6 +105,9 @@ def graft_checkpoint(
     if pipe.config.get("text_encoder_source"):
         pipe.register_modules(text_encoder=None, tokenizer=None)
     pipe.save_pretrained(output, max_shard_size=SHARD_SIZE)
+    recommended = checkpoint.folder / SAMPLING_FILE
+    if recommended.is_file():
+        shutil.copyfile(recommended, output / SAMPLING_FILE)
     facts = {
         "plan": plan.to_dict(),
         "distillation": config.to_dict(),

@@ -32,27 +32,6 @@ from dit_suite.models.dit_blocks import (
 )
 
 COORDINATES = 2
-TOKEN_PATCH = {4: 2, 16: 8, 32: 2, 64: 2}
-
-
-def lego_config(arrangement: str, resolution: int, depths: Sequence[int], hidden_size: int, num_heads: int) -> dict:
-    """Arguments of a published shape: "PG" (patches grow), "PR" (patches shrink) or "U" (shrink, then grow).
-
-    Bricks cover 4, 16 and `resolution` pixels; `depths` are in the order of the bricks.
-    """
-    growing = [4, 16, resolution]
-    stacks = {"PG": growing, "PR": growing[::-1], "U": growing[::-1] + growing[1:]}
-    if arrangement not in stacks:
-        raise ValueError(f"arrangement must be PG, PR or U, got {arrangement!r}")
-    bricks = stacks[arrangement]
-    return {
-        "sample_size": resolution,
-        "brick_sizes": bricks,
-        "patch_sizes": [TOKEN_PATCH[size] for size in bricks],
-        "brick_depths": list(depths),
-        "num_attention_heads": num_heads,
-        "attention_head_dim": hidden_size // num_heads,
-    }
 
 
 @dataclass

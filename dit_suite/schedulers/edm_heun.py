@@ -14,6 +14,8 @@ from diffusers.utils import BaseOutput
 
 from dit_suite.schedulers.generators import randn_per_sample
 
+Level = float | torch.Tensor
+
 
 @dataclass
 class EDMHeunSchedulerOutput(BaseOutput):
@@ -23,11 +25,15 @@ class EDMHeunSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-def edm_scalings(sigma: float, sigma_data: float) -> tuple[float, float, float, float]:
-    """`(c_skip, c_out, c_in, c_noise)` of table 1: `D(x) = c_skip x + c_out F(c_in x, c_noise)`."""
+def edm_scalings(sigma: Level, sigma_data: float) -> tuple[Level, Level, Level, Level]:
+    """`(c_skip, c_out, c_in, c_noise)` of table 1: `D(x) = c_skip x + c_out F(c_in x, c_noise)`.
+
+    `sigma` is a number, or a tensor of any shape, which all four then have.
+    """
+    sqrt, log = (torch.sqrt, torch.log) if isinstance(sigma, torch.Tensor) else (math.sqrt, math.log)
     total = sigma**2 + sigma_data**2
-    root = math.sqrt(total)
-    return sigma_data**2 / total, sigma * sigma_data / root, 1 / root, math.log(sigma) / 4
+    root = sqrt(total)
+    return sigma_data**2 / total, sigma * sigma_data / root, 1 / root, log(sigma) / 4
 
 
 class EDMHeunScheduler(SchedulerMixin, ConfigMixin):

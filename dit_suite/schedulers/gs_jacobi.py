@@ -278,10 +278,6 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"the strategy lists {len(self.strategies)} blocks, but the model has {num_blocks}")
         return self.strategies[num_blocks - 1 - block] if self.strategies else BlockStrategy()
 
-    def planned_calls(self, num_blocks: int, tokens: int) -> int:
-        """Network calls of a whole sample if no sample stops early."""
-        return sum(len(self.strategy_of(block, num_blocks).calls(tokens)) for block in range(num_blocks))
-
     @torch.no_grad()
     def step(
         self,

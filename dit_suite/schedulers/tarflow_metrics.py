@@ -32,11 +32,6 @@ class FlowMetrics:
         return ["latent" if latent <= zero else "zero" for latent, zero in self.igm.flip(0).tolist()]
 
 
-def sampling_index(block: int, num_blocks: int) -> int:
-    """Forward block index -> index into the strategy lists, and back."""
-    return num_blocks - 1 - block
-
-
 @torch.no_grad()
 def flow_metrics(
     model: TarFlowModel, sample: torch.Tensor, class_labels: torch.Tensor | None = None, norm: str = "2"

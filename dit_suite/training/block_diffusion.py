@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from dit_suite.data.draws import Stream
 from dit_suite.models.acdit import latents_to_blocks
 from dit_suite.options import Options, option
-from dit_suite.training.draws import Stream
 from dit_suite.training.objectives import ObjectiveResult, TrainingBatch, mean_per_sample, named_tables
 
 LEAST_NOISE = 0.05

@@ -37,14 +37,17 @@ def find_class(name: str) -> type:
 
 
 def construct(part: Part) -> Any:
-    """Calls the class with its options; an option that it does not take is a `ValueError`."""
+    """Calls the class with its options; one that it does not take, or can't be built with, is a `ValueError`."""
     cls = find_class(part.name)
     known = inspect.signature(cls.__init__).parameters
     for key in part.options:
         if key not in known:
             accepted = ", ".join(name for name in known if name != "self")
             raise ValueError(f"{part.name} has no option {key!r}; it accepts {accepted}")
-    return cls(**part.options)
+    try:
+        return cls(**part.options)
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{part.name} can't be built with these options: {error}") from error
 
 
 def build_network(config: TrainConfig) -> torch.nn.Module:

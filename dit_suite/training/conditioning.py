@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 
 from dit_suite.data.captions import FILE_NAME, CaptionStates
+from dit_suite.data.draws import Draws, Stream
 from dit_suite.data.readers import Source
 from dit_suite.training.config import TrainConfig
-from dit_suite.training.draws import Draws, Stream
 
 
 class Conditioner(Protocol):

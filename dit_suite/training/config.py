@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from dit_suite.data.section import DataSection
 from dit_suite.options import Options, fields_of, option
 
 TASKS = ("unconditional", "class-to-image", "class-to-video", "text-to-image", "text-to-video", "action-to-video")
@@ -44,24 +45,6 @@ class Part:
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "options": dict(self.options), "call": dict(self.call), "weight": self.weight}
-
-
-@dataclass(frozen=True)
-class DataSection(Options):
-    """Where the samples come from."""
-
-    kind: str = option("images", "images, clips, actions, shapes, sprites, square, or module:function")
-    path: str = option("", "folder that scripts/prepare_data.py wrote (procedural kinds need none)")
-    split: str = option("train", "rows to use: train, heldout, pairs or all")
-    size: int = option(0, "resize to this side; 0 keeps the stored size", minimum=0, maximum=4096)
-    frames: int = option(16, "frames of a clip", minimum=1, maximum=4096)
-    stride: int = option(1, "take every stride-th frame of a clip", minimum=1, maximum=64)
-    count: int = option(4096, "rows of a procedural set", minimum=1)
-    styles: tuple[str, ...] = option((), "only these styles (default: all)")
-    groups: tuple[str, ...] = option((), "only these groups (default: all)")
-    captions: tuple[float, ...] = option((0.4, 0.6, 0.0), "odds of label, label + style, label + tags", minimum=0.0)
-    translate: int = option(0, "random shift in pixels on white", minimum=0, maximum=64)
-    flip: bool = option(False, "random horizontal flip (wrong for art with text or direction)")
 
 
 @dataclass(frozen=True)
@@ -283,11 +266,14 @@ def override(values: dict[str, Any], assignment: str) -> None:
         place = place[name]
         if not isinstance(place, dict):
             raise ValueError(f"{assignment!r}: {name} is not a mapping")
+    place[last] = _numbers(_read_yaml(text, repr(assignment)))
+
+
+def _read_yaml(text: str | bytes, origin: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{assignment!r} is not valid YAML: {error}") from None
-    place[last] = _numbers(value)
+        raise ValueError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def _numbers(value: Any) -> Any:
@@ -313,10 +299,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no config {path}")
-    try:
-        values = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    values = _read_yaml(path.read_bytes(), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping")
     values = _numbers(values)

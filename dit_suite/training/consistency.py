@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dit_suite.data.draws import Draws, Stream
 from dit_suite.options import Options, option
 from dit_suite.schedulers.trigflow import flow_input, flow_level, trig_time, trig_velocity
-from dit_suite.training.draws import Draws, Stream
 from dit_suite.training.objectives import ObjectiveResult, TrainingBatch, expand_to, mean_per_sample
 from dit_suite.training.teacher import load_teacher
 

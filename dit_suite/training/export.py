@@ -14,8 +14,7 @@ from torchvision.utils import make_grid
 from dit_suite.checkpoints import SHARD_SIZE
 from dit_suite.data.labels import FILE_NAME as LABEL_FILE
 from dit_suite.data.labels import LabelTable
-from dit_suite.data.tables import replacing_folder
-from dit_suite.files import write_json
+from dit_suite.files import replacing_folder, write_json
 from dit_suite.metadata import write_png
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.training.build import construct, make_pipeline

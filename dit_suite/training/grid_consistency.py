@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+from dit_suite.data.draws import Draws, Stream
 from dit_suite.options import Options, option
 from dit_suite.schedulers.trigflow import consistency_sample, trig_time
 from dit_suite.training.consistency import as_trigflow, checkpoint_teacher
-from dit_suite.training.draws import Draws, Stream
 from dit_suite.training.objectives import ObjectiveResult, TrainingBatch, expand_to
 
 SMALLEST_TIME = 1e-3

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
-from dit_suite.data.tables import write_text
+from dit_suite.files import write_text
 
 # Dense bfloat16 peaks in TFLOP/s from the makers' data sheets.
 PEAKS = (

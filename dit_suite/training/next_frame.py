@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from dit_suite.data.draws import Draws, Stream
 from dit_suite.options import Options, option
-from dit_suite.training.draws import Draws, Stream
 from dit_suite.training.objectives import (
     ObjectiveResult,
     TrainingBatch,

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
+from dit_suite.data.draws import Draws, Stream
 from dit_suite.options import Options, option
 from dit_suite.registry import resolve, resolve_named
-from dit_suite.training.draws import Draws, Stream
+from dit_suite.schedulers.edm_heun import edm_scalings
 from dit_suite.training.uncertainty import UncertaintyWeighting
 
 
@@ -347,16 +348,8 @@ class Diffusion(Options):
 # EDM
 
 
-def edm_scalings(
-    sigma: torch.Tensor, sigma_data: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Karras et al. 2022, table 1: c_skip, c_out, c_in, c_noise."""
-    total = sigma.square() + sigma_data**2
-    return sigma_data**2 / total, sigma * sigma_data / total.sqrt(), 1.0 / total.sqrt(), sigma.log() / 4.0
-
-
 def edm_weight(sigma: torch.Tensor, sigma_data: float) -> torch.Tensor:
-    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2."""
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (Karras et al. 2022, table 1)."""
     return (sigma.square() + sigma_data**2) / (sigma * sigma_data).square()
 
 

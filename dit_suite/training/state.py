@@ -5,7 +5,6 @@ tensors are stored whole, a run may go on with another number of processes.
 """
 
 import json
-import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dit_suite.files import replacing_folder
 
 KEEP = 2
 
@@ -116,15 +117,10 @@ def save_state(
     if weighting is not None:
         tensors["weighting"] = network_tensors(weighting) | _moments(weighting, optimizer)
     if accelerator.is_main_process:
-        target = folder / f"step_{progress.step:08d}"
-        part = folder / f".{target.name}.part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, each in tensors.items():
-            save_file(each, part / f"{name}.safetensors")
-        (part / "state.json").write_text(json.dumps(about), "utf-8")
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(part, target)
+        with replacing_folder(folder / f"step_{progress.step:08d}") as part:
+            for name, each in tensors.items():
+                save_file(each, part / f"{name}.safetensors")
+            (part / "state.json").write_text(json.dumps(about), "utf-8")
         for old in states(folder)[:-KEEP]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()

@@ -11,8 +11,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 
+from dit_suite.data.draws import Draws, shuffled_indices
 from dit_suite.data.readers import open_source
-from dit_suite.data.tables import write_text
+from dit_suite.files import write_text
 from dit_suite.training.build import (
     attach_attention,
     build_network,
@@ -25,7 +26,6 @@ from dit_suite.training.build import (
 )
 from dit_suite.training.conditioning import make_conditioner
 from dit_suite.training.config import TrainConfig, config_text
-from dit_suite.training.draws import Draws, shuffled_indices
 from dit_suite.training.export import export, preview, save_picture
 from dit_suite.training.monitor import Monitor, flops_per_sample, peak_tflops
 from dit_suite.training.objectives import ObjectiveResult, TrainingBatch, objective_class
@@ -260,7 +260,7 @@ class Trainer:
         begin = time.monotonic()
         if self.accelerator.is_main_process:
             config.output.mkdir(parents=True, exist_ok=True)
-            for stale in (config.output / "state").glob(".*.part"):
+            for stale in (config.output / "state").glob(".step_*"):  # what a killed run left
                 shutil.rmtree(stale)
         self.accelerator.wait_for_everyone()
         self.progress = progress = load_state(

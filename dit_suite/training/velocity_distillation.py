@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from dit_suite.data.draws import Stream
 from dit_suite.options import option
-from dit_suite.training.draws import Stream
 from dit_suite.training.objectives import ObjectiveResult, RectifiedFlow, TrainingBatch, interpolate, mean_per_sample
 from dit_suite.training.teacher import load_teacher
 

@@ -16,6 +16,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import nn
 
+from dit_suite.data.draws import Draws, Stream, shuffled_indices
 from dit_suite.data.readers import open_source
 from dit_suite.models.dit import DiTModel
 from dit_suite.models.dit_blocks import AdaLNZeroBlock, Attention
@@ -23,7 +24,6 @@ from dit_suite.models.pt_dit import PTDiTTransformer3DModel, PTDiTTransformerBlo
 from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
 from dit_suite.training.conditioning import make_conditioner
 from dit_suite.training.config import TrainConfig
-from dit_suite.training.draws import Draws, Stream, shuffled_indices
 from dit_suite.training.objectives import interpolate
 
 LEVELS = 64

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dit_suite.checkpoints import bundled_index, find_checkpoint
+from dit_suite.options import Options
 from dit_suite.registry import TECHNIQUES, Technique
 
 
@@ -21,6 +22,7 @@ class Offer:
         takes_start_image: whether clips start with a given picture.
         profile_steps: step counts that the checkpoint has a BAC profile for, rising.
         takes_scheduler: whether another scheduler of diffusers may be chosen.
+        recommended: the call options that the checkpoint recommends; None for those of its technique.
     """
 
     name: str
@@ -29,11 +31,17 @@ class Offer:
     takes_start_image: bool = False
     profile_steps: tuple[int, ...] = ()
     takes_scheduler: bool = True
+    recommended: Options | None = None
 
     @property
     def title(self) -> str:
         """The name, and what the technique is."""
         return f"{self.name}: {self.technique.title}"
+
+    @property
+    def defaults(self) -> Options:
+        """Call options as long as nobody chose others."""
+        return self.recommended or self.technique.options_class()()
 
     @property
     def accelerations(self) -> tuple[str, ...]:
@@ -85,5 +93,6 @@ def offers(extra: tuple[str, ...] = ()) -> list[Offer]:
         starts = _takes_start_image(checkpoint.folder, checkpoint.technique)
         steps = _profile_steps(checkpoint.folder)
         scheduler = model_index.get("scheduler", ["diffusers"])[0] == "diffusers"
-        found.append(Offer(name, checkpoint.technique, _labels(model_index), starts, steps, scheduler))
+        labels = _labels(model_index)
+        found.append(Offer(name, checkpoint.technique, labels, starts, steps, scheduler, checkpoint.defaults))
     return found

@@ -1,7 +1,7 @@
 """The Compare tab: one seed, a baseline and up to three variants; time, evaluations, PSNR, SSIM, a difference map."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,9 @@ def suggestions(offer: Offer, limit: int) -> tuple[int, list[str]]:
         limit: most steps that this server allows.
 
     Returns:
-        the largest step count with a BAC profile (else the technique's default), and variants, likely ones first.
+        the largest step count with a BAC profile (else the model's default), and variants, likely ones first.
     """
-    default = getattr(offer.technique.options_class()(), "num_inference_steps", limit)
+    default = getattr(offer.defaults, "num_inference_steps", limit)
     allowed = [steps for steps in offer.profile_steps if steps <= limit]
     steps = max(allowed) if allowed else min(default, limit)
     fewer = f"steps={max(1, round(FEWER_STEPS * steps))}"
@@ -117,72 +117,41 @@ def suggestions(offer: Offer, limit: int) -> tuple[int, list[str]]:
     return steps, ["bac", fewer, "bac:flop_fraction=0.5", "bac:flop_fraction=0.25"]
 
 
-def build_compare_tab(engine: Engine, offers: list[Offer]) -> None:
-    """Builds the tab inside the present Blocks context."""
-    by_name = {offer.name: offer for offer in offers}
-    stops: dict[str, StopFlag] = {}
-    first = offers[0]
-    first_steps, first_variants = suggestions(first, engine.limits.max_steps)
-    gr.Markdown(
-        "The same picture made in several ways: the baseline runs every step, a variant saves work. "
-        "PSNR and SSIM say how close its picture is to the baseline's (higher is closer)."
-    )
-    with gr.Row():
-        with gr.Column(scale=2, min_width=320):
-            model = gr.Dropdown(choices(offers), value=first.name, label="Model", elem_id="compare-model")
-            prompt = gr.Textbox("woman astronaut, 3d style", label="Prompt", elem_id="compare-prompt")
-            with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, minimum=-1, elem_id="compare-seed")
-                steps = gr.Slider(
-                    2, engine.limits.max_steps, value=first_steps, step=1, label="Steps of the baseline",
-                    elem_id="compare-steps",
-                )  # fmt: skip
-            variants = [
-                gr.Dropdown(
-                    first_variants, value=first_variants[i] if i < SHOWN_VARIANTS else None, allow_custom_value=True,
-                    label=f"Variant {i + 1}", elem_id=f"compare-variant-{i + 1}",
-                    info="choose, or type steps=N or PLUG-IN:key=value,key=value" if i == 0 else None,
-                )
-                for i in range(MAX_VARIANTS)
-            ]  # fmt: skip
-            with gr.Row():
-                button = gr.Button("Compare", variant="primary", elem_id="compare-run")
-                stop = gr.Button("Stop", variant="stop")
-        with gr.Column(scale=3, min_width=320):
-            status = gr.Markdown("Ready.", elem_id="compare-status")
-            rows = gr.Dataframe(headers=list(COLUMNS), label="Measured", interactive=False, elem_id="compare-table")
-            plot = gr.BarPlot(x="variant", y="seconds", y_lim=[0, None], title="Seconds per sample", height=180)
-            shown = gr.Dropdown([], label="Show beside the baseline", elem_id="compare-shown")
-            slider = gr.ImageSlider(label="Baseline | variant", format="png", height=320, elem_id="compare-slider")
-            difference = gr.Image(
-                label=f"Difference times {GAIN}",
-                format="png",
-                height=200,
-                interactive=False,
-                elem_id="compare-difference",
-            )
-    state = gr.State([])
+@dataclass
+class CompareTab:
+    """The state and handlers of the tab.
 
-    def baseline_job(model: str, prompt: str, seed: Any, steps: Any) -> SamplingJob:
-        if model not in by_name:
-            raise ValueError(f"model must be one of {', '.join(by_name)}, got {model!r}")
-        options = by_name[model].technique.options_class()(num_inference_steps=int(steps))
-        return make_job(model, prompt, options, resolve_seed(seed))
+    Attributes:
+        engine: makes the samples.
+        offers: the models, by name.
+        stops: the stop flag of each visitor's present run.
+    """
 
-    def switched(name: str) -> list[Any]:
-        count, texts = suggestions(by_name[name], engine.limits.max_steps)
+    engine: Engine
+    offers: dict[str, Offer]
+    stops: dict[str, StopFlag] = field(default_factory=dict)
+
+    def baseline_job(self, model: str, prompt: str, seed: Any, steps: Any) -> SamplingJob:
+        """The job of the baseline; `ValueError` for a model that is not offered or steps out of range."""
+        options = {"num_inference_steps": int(steps)}
+        return make_job(model, prompt, offered(self.offers, model).defaults.changed(options), resolve_seed(seed))
+
+    def switched(self, name: str) -> list[Any]:
+        """Steps and variants that fit the model, for the slider and the dropdowns."""
+        steps, texts = suggestions(self.offers[name], self.engine.limits.max_steps)
         shown = [gr.update(choices=texts, value=texts[i] if i < SHOWN_VARIANTS else None) for i in range(MAX_VARIANTS)]
-        return [count, *shown]
+        return [steps, *shown]
 
-    def run(request: gr.Request, model: str, prompt: str, seed: Any, steps: Any, *texts: Any) -> Iterator[tuple]:
+    def run(self, request: gr.Request, model: str, prompt: str, seed: Any, steps: Any, *texts: Any) -> Iterator[tuple]:
+        """Yields (status, table, bars, picker of the variant shown, names and files) as results come in."""
         import pandas
 
-        flag = stops[request.session_hash] = StopFlag()
+        flag = self.stops[request.session_hash] = StopFlag()
         chosen = [text.strip() for text in texts if text and text.strip()]
         try:
-            job = baseline_job(model, prompt, seed, steps)
+            job = self.baseline_job(model, prompt, seed, steps)
             yield "Running the baseline ...", gr.skip(), gr.skip(), gr.skip(), []
-            for results, measured in compare(engine, job, chosen, flag):
+            for results, measured in compare(self.engine, job, chosen, flag):
                 frame = pandas.DataFrame(
                     {"variant": [r.name for r in results], "seconds": [r.seconds for r in results]}
                 )
@@ -196,29 +165,89 @@ def build_compare_tab(engine: Engine, offers: list[Offer]) -> None:
             raise gr.Error(str(error), print_exception=False) from error
         finally:
             flag.set()
-            stops.pop(request.session_hash, None)
+            self.stops.pop(request.session_hash, None)
 
-    def show(name: str | None, results: list[tuple[str, str]]) -> tuple[Any, Any]:
-        paths = dict(results)
-        if name not in paths:
-            return None, None
-        pair = [np.asarray(Image.open(paths[key]).convert("RGB")) for key in ("baseline", name)]
-        return (paths["baseline"], paths[name]), difference_map(*pair)
-
-    def halt(request: gr.Request) -> str:
-        if request.session_hash in stops:
-            stops[request.session_hash].set()
+    def halt(self, request: gr.Request) -> str:
+        """Stops this visitor's run at its next step."""
+        if request.session_hash in self.stops:
+            self.stops[request.session_hash].set()
             return "Stopping at the next step ..."
         return "Nothing is running."
 
-    done = button.click(
-        run, [model, prompt, seed, steps, *variants], [status, rows, plot, shown, state], api_visibility="private",
-        **DEVICE_QUEUE,
-    )  # fmt: skip
-    model.change(switched, [model], [steps, *variants], api_visibility="private", queue=False)
-    for trigger in (done.then, shown.change):
-        trigger(show, [shown, state], [slider, difference], api_visibility="private", queue=False)
-    stop.click(halt, None, [status], api_visibility="private", queue=False)
+
+def offered(offers: dict[str, Offer], model: str) -> Offer:
+    """The offer called `model`; `ValueError` lists the names when there is none."""
+    if model not in offers:
+        raise ValueError(f"model must be one of {', '.join(offers)}, got {model!r}")
+    return offers[model]
+
+
+def show(name: str | None, results: list[tuple[str, str]]) -> tuple[Any, Any]:
+    """The files of baseline and variant for the slider, and their difference map; None without such a variant."""
+    paths = dict(results)
+    if name not in paths:
+        return None, None
+    pair = [np.asarray(Image.open(paths[key]).convert("RGB")) for key in ("baseline", name)]
+    return (paths["baseline"], paths[name]), difference_map(*pair)
+
+
+def _question(offers: list[Offer], max_steps: int) -> tuple[list[gr.components.Component], gr.Button, gr.Button]:
+    """Model, prompt, seed, steps and the variants; the buttons that run and stop."""
+    first = offers[0]
+    first_steps, first_variants = suggestions(first, max_steps)
+    model = gr.Dropdown(choices(offers), value=first.name, label="Model", elem_id="compare-model")
+    prompt = gr.Textbox("woman astronaut, 3d style", label="Prompt", elem_id="compare-prompt")
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=-1, elem_id="compare-seed")
+        steps = gr.Slider(
+            2, max_steps, value=first_steps, step=1, label="Steps of the baseline", elem_id="compare-steps"
+        )
+    variants = [
+        gr.Dropdown(
+            first_variants, value=first_variants[i] if i < SHOWN_VARIANTS else None, allow_custom_value=True,
+            label=f"Variant {i + 1}", elem_id=f"compare-variant-{i + 1}",
+            info="choose, or type steps=N or PLUG-IN:key=value,key=value" if i == 0 else None,
+        )
+        for i in range(MAX_VARIANTS)
+    ]  # fmt: skip
+    with gr.Row():
+        button = gr.Button("Compare", variant="primary", elem_id="compare-run")
+        stop = gr.Button("Stop", variant="stop")
+    return [model, prompt, seed, steps, *variants], button, stop
+
+
+def _answer() -> tuple[list[gr.components.Component], list[gr.components.Component]]:
+    """Status, table, bars and the picker of a variant, which a run fills; slider and difference, which follow it."""
+    status = gr.Markdown("Ready.", elem_id="compare-status")
+    rows = gr.Dataframe(headers=list(COLUMNS), label="Measured", interactive=False, elem_id="compare-table")
+    bars = gr.BarPlot(x="variant", y="seconds", y_lim=[0, None], title="Seconds per sample", height=180)
+    picker = gr.Dropdown([], label="Show beside the baseline", elem_id="compare-shown")
+    slider = gr.ImageSlider(label="Baseline | variant", format="png", height=320, elem_id="compare-slider")
+    difference = gr.Image(
+        label=f"Difference times {GAIN}", format="png", height=200, interactive=False, elem_id="compare-difference"
+    )
+    return [status, rows, bars, picker], [slider, difference]
+
+
+def build_compare_tab(engine: Engine, offers: list[Offer]) -> None:
+    """Builds the tab inside the present Blocks context."""
+    tab = CompareTab(engine, {offer.name: offer for offer in offers})
+    gr.Markdown(
+        "The same picture made in several ways: the baseline runs every step, a variant saves work. "
+        "PSNR and SSIM say how close its picture is to the baseline's (higher is closer)."
+    )
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            inputs, button, stop = _question(offers, engine.limits.max_steps)
+        with gr.Column(scale=3, min_width=320):
+            measured, pictures = _answer()
+    state = gr.State([])
+    model, (status, picker) = inputs[0], (measured[0], measured[-1])
+    done = button.click(tab.run, inputs, [*measured, state], api_visibility="private", **DEVICE_QUEUE)
+    model.change(tab.switched, [model], inputs[3:], api_visibility="private", queue=False)
+    for trigger in (done.then, picker.change):
+        trigger(show, [picker, state], pictures, api_visibility="private", queue=False)
+    stop.click(tab.halt, None, [status], api_visibility="private", queue=False)
 
 
 def build_compare_endpoint(engine: Engine, offers: list[Offer]) -> None:
@@ -229,12 +258,10 @@ def build_compare_endpoint(engine: Engine, offers: list[Offer]) -> None:
         prompt: str, model: str, seed: float, options: Any, variants: Any
     ) -> Iterator[tuple[list[str], list[dict]]]:
         try:
-            if model not in by_name:
-                raise ValueError(f"model must be one of {', '.join(by_name)}, got {model!r}")
+            offer = offered(by_name, model)
             if not isinstance(variants, list) or len(variants) > MAX_VARIANTS:
                 raise ValueError(f"variants must be a list of at most {MAX_VARIANTS} texts, got {variants!r}")
-            options_class = by_name[model].technique.options_class()
-            job = make_job(model, prompt, options_class.from_dict(options or {}), resolve_seed(seed))
+            job = make_job(model, prompt, offer.defaults.changed(options or {}), resolve_seed(seed))
             for results, rows in compare(engine, job, [str(text) for text in variants], StopFlag()):
                 yield [str(r.path) for r in results], [dict(zip(COLUMNS, row, strict=True)) for row in rows]
         except (ValueError, FileNotFoundError, RuntimeError) as error:

@@ -7,16 +7,16 @@ import gradio as gr
 from dit_suite.options import OptionField, Options, fields_of
 
 
-def control_for(spec: OptionField, limit: float | None = None) -> gr.components.Component:
+def control_for(spec: OptionField, default: Any, limit: float | None = None) -> gr.components.Component:
     """The control of one option.
 
     Args:
         spec: the option.
+        default: the value it shows at first.
         limit: a lower maximum that this server sets.
     """
     label = spec.label
     maximum = spec.maximum if limit is None else min(limit, spec.maximum or limit)
-    default = spec.default
     if spec.is_tuple:
         text = "" if default is None else ", ".join(map(str, default))
         return gr.Textbox(value=text, label=label, info=f"{spec.help} (comma-separated)")
@@ -34,16 +34,29 @@ def control_for(spec: OptionField, limit: float | None = None) -> gr.components.
         step = {"precision": 0} if spec.kind is int else {"step": 0.01}
         return gr.Number(value=default, label=label, info=spec.help, **bounds, **step)
     step = 1 if spec.kind is int else 0.05 if spec.maximum - spec.minimum <= 2 else 0.1
-    return gr.Slider(value=min(default, maximum), step=step, label=label, info=spec.help, **bounds)
+    return gr.Slider(value=default, step=step, label=label, info=spec.help, **bounds)
 
 
-def build_controls(cls: type[Options], limits: dict[str, float]) -> list[gr.components.Component]:
-    """Controls of every option, in order; the ones marked advanced sit in a folded panel."""
-    specs = fields_of(cls)
-    made = {spec.name: control_for(spec, limits.get(spec.name)) for spec in specs if not spec.advanced}
+def within(options: Options, limits: dict[str, float]) -> Options:
+    """The options with values beyond a limit of the server lowered to it."""
+    values = options.to_dict()
+    return options.changed(
+        {name: limit for name, limit in limits.items() if values.get(name) is not None and values[name] > limit}
+    )
+
+
+def build_controls(defaults: Options, limits: dict[str, float]) -> list[gr.components.Component]:
+    """Controls of every option, in order, that show `defaults`; the ones marked advanced sit in a folded panel."""
+    specs, shown = fields_of(type(defaults)), within(defaults, limits)
+
+    def controls(advanced: bool) -> dict[str, gr.components.Component]:
+        chosen = [spec for spec in specs if spec.advanced is advanced]
+        return {spec.name: control_for(spec, getattr(shown, spec.name), limits.get(spec.name)) for spec in chosen}
+
+    made = controls(advanced=False)
     if any(spec.advanced for spec in specs):
         with gr.Accordion("Advanced", open=False):
-            made |= {spec.name: control_for(spec, limits.get(spec.name)) for spec in specs if spec.advanced}
+            made |= controls(advanced=True)
     return [made[spec.name] for spec in specs]
 
 

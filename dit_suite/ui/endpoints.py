@@ -31,7 +31,7 @@ def run_request(
         int(condition) if technique.options_class().condition != "prompt" and condition.isdigit() else condition
     )
     start = engine.keep_start_image(start_image) if start_image else None
-    chosen = technique.options_class().from_dict(settings)
+    chosen = offers[model].defaults.changed(settings)
     job = make_job(model, given, chosen, resolve_seed(seed), scheduler, plugins, start)
     info = {"seed": job.seed, "model": model, "technique": technique.name, "options": job.options.to_dict()}
     paths: list[str] = []
@@ -61,7 +61,7 @@ def build_endpoints(engine: Engine, offers: list[Offer]) -> None:
                 "task": offer.technique.task,
                 "condition": offer.technique.options_class().condition,
                 "labels": list(offer.labels),
-                "options": offer.technique.options_class()().to_dict(),
+                "options": offer.defaults.to_dict(),
                 "accelerations": list(offer.technique.accelerations),
             }
             for offer in offers

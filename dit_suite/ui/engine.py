@@ -128,13 +128,8 @@ class StopFlag:
 def check_limits(job: SamplingJob, count: int, limits: Limits) -> None:
     """Raises `ValueError` if a request asks for more than the server allows."""
     options = job.options.to_dict()
-    asked = {
-        "num_inference_steps": (options.get("num_inference_steps"), limits.max_steps),
-        "height": (options.get("height"), limits.max_side),
-        "width": (options.get("width"), limits.max_side),
-        "num_frames": (options.get("num_frames"), limits.max_frames),
-        "count": (count, limits.max_count),
-    }
+    asked = {name: (options.get(name), most) for name, most in limits.of_options.items()}
+    asked["count"] = (count, limits.max_count)
     for name, (value, most) in asked.items():
         if value is not None and value > most:
             raise ValueError(f"{name} may be at most {most} on this server, got {value}")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -12,7 +11,7 @@ from dit_suite.options import Options
 from dit_suite.registry import ACCELERATIONS, Acceleration
 from dit_suite.sampling import SamplingJob, job_of_record
 from dit_suite.ui.catalog import Offer, choices
-from dit_suite.ui.controls import build_controls, options_from_values, values_from_options
+from dit_suite.ui.controls import build_controls, options_from_values, values_from_options, within
 from dit_suite.ui.engine import Engine, Finished, Progress, StopFlag, Stopped, make_job, resolve_seed, single_job
 from dit_suite.ui.settings import Limits
 
@@ -53,9 +52,13 @@ class GenerateTab:
         wanted = {name for offer in self.offers.values() for name in offer.accelerations}
         return [row for row in ACCELERATIONS if row.name in wanted]
 
+    def option_controls(self) -> list[gr.components.Component]:
+        """The controls of every options class, in order."""
+        return [control for cls in self.option_classes for control in self.controls[cls]]
+
     def all_controls(self) -> list[gr.components.Component]:
         """Every option control and plug-in control, in the order that `parse` expects."""
-        found = [control for cls in self.option_classes for control in self.controls[cls]]
+        found = self.option_controls()
         for row in self.accelerations():
             switch, controls = self.plugins[row.name]
             found += [switch, *controls]
@@ -112,6 +115,14 @@ class GenerateTab:
             *(gr.skip() if fits else gr.update(value=False) for fits in rows),
         ]
 
+    def show_defaults(self, name: str) -> list[Any]:
+        """What the option controls show when this model is chosen: the options it recommends; others stay."""
+        chosen = within(self.offers[name].defaults, self.engine.limits.of_options)
+        values = []
+        for cls in self.option_classes:
+            values += values_from_options(chosen) if cls is type(chosen) else [gr.skip()] * len(self.controls[cls])
+        return values
+
     @staticmethod
     def _condition(offer: Offer, prompt: str, label: Any) -> Any:
         if offer.technique.options_class().condition == "prompt":
@@ -166,7 +177,7 @@ class GenerateTab:
         if path is None:
             return blank
         try:
-            record = read_any_record(Path(path))
+            record = read_record(path)
             job, indices = job_of_record(record)
             job = single_job(job, record["index"])
             if job.start_image is not None:
@@ -198,81 +209,109 @@ class GenerateTab:
         return [*values, note]
 
 
-def read_any_record(path: Path) -> dict[str, Any]:
-    """The metadata of a picture or a clip."""
-    if path.suffix.lower() in (".mp4", ".gif"):
-        from dit_suite.video import read_video_record
+@dataclass
+class Question:
+    """The controls that every model has, and the buttons."""
 
-        return read_video_record(path)
-    return read_record(path)
+    model: gr.Dropdown
+    prompt: gr.Textbox
+    examples: gr.Examples
+    label: gr.Dropdown
+    start_image: gr.Image
+    seed: gr.Number
+    count: gr.Slider
+    generate: gr.Button
+    stop: gr.Button
+
+
+@dataclass
+class Answer:
+    """Where a run shows what it makes."""
+
+    status: gr.Markdown
+    used: gr.Textbox
+    preview: gr.Image
+    results: gr.Gallery
+
+
+def _question(tab: GenerateTab, limits: Limits) -> Question:
+    offers, media, examples_of_tab = list(tab.offers.values()), tab.media, EXAMPLES[tab.media]
+    first = offers[0]
+    model = gr.Dropdown(choices(offers), value=first.name, label="Model", elem_id=f"{media}-model")
+    uses_text = first.technique.options_class().condition == "prompt"
+    prompt = gr.Textbox(
+        label="Prompt", info="what it shall show; Shift + Enter generates", lines=2, visible=uses_text,
+        value=examples_of_tab[0], elem_id=f"{media}-prompt", max_length=limits.max_prompt,
+        placeholder="for example: burger, 3d style",
+    )  # fmt: skip
+    examples = gr.Examples([[text] for text in examples_of_tab], [prompt], api_visibility="private")
+    examples.dataset.label, examples.dataset.visible = "Examples", uses_text
+    label = gr.Dropdown(
+        list(first.labels), label="Class", visible=not uses_text, allow_custom_value=True,
+        value=first.labels[0] if first.labels else None, elem_id=f"{media}-label",
+    )  # fmt: skip
+    start_image = gr.Image(
+        label="Start image: the first frame", type="filepath", height=160, sources=["upload", "clipboard"],
+        visible=first.takes_start_image, elem_id=f"{media}-start-image",
+    )  # fmt: skip
+    with gr.Row():
+        seed = gr.Number(-1, label="Seed", info="-1: a random one", precision=0, minimum=-1, elem_id=f"{media}-seed")
+        count = gr.Slider(1, limits.max_count, value=1, step=1, label="Count", elem_id=f"{media}-count")
+    with gr.Row():
+        generate = gr.Button("Generate", variant="primary", elem_id=f"{media}-generate")
+        stop = gr.Button("Stop", variant="stop", elem_id=f"{media}-stop")
+    return Question(model, prompt, examples, label, start_image, seed, count, generate, stop)
+
+
+def _tuning(tab: GenerateTab, limits: Limits) -> tuple[gr.Dropdown, gr.File]:
+    """Fills `tab.controls` and `tab.plugins`; returns the scheduler's dropdown and the upload of an earlier file."""
+    offers, media = list(tab.offers.values()), tab.media
+    first = offers[0]
+    for cls in tab.option_classes:
+        with gr.Group(visible=cls is first.technique.options_class()) as tab.groups[cls]:
+            shown_first = next(offer.defaults for offer in offers if type(offer.defaults) is cls)
+            tab.controls[cls] = build_controls(shown_first, limits.of_options)
+    with gr.Accordion("Scheduler and acceleration", open=False):
+        scheduler = gr.Dropdown(
+            ["default", "flow-euler", "flow-heun", "ddim", "ddpm", "dpm-solver", "unipc"], value="default",
+            label="Scheduler", info="default: the checkpoint's own", visible=first.takes_scheduler,
+        )  # fmt: skip
+        for row in tab.accelerations():
+            with gr.Group(visible=row.name in first.accelerations) as tab.plugin_groups[row.name]:
+                switch = gr.Checkbox(False, label=row.title, elem_id=f"{media}-{row.name}")
+                tab.plugins[row.name] = (switch, build_controls(row.config_class()(), {}))
+    upload = gr.File(
+        label="Load settings from a file made here", file_types=[".png", ".mp4", ".gif"], type="filepath",
+        height=170, elem_id=f"{media}-upload",
+    )  # fmt: skip
+    return scheduler, upload
+
+
+def _answer(media: str) -> Answer:
+    status = gr.Markdown("Ready.", elem_id=f"{media}-status")
+    used = gr.Textbox(
+        label="Seed used", interactive=False, max_lines=1, placeholder="none yet", elem_id=f"{media}-used"
+    )
+    preview = gr.Image(
+        label="In progress", height=192, interactive=False, format="png", buttons=[], elem_id=f"{media}-preview"
+    )
+    pictures = {"columns": 4, "format": "png", "object_fit": "contain", "buttons": ["download", "fullscreen"]}
+    clips = {"columns": 2, "buttons": ["download"]}
+    results = gr.Gallery(label="Results", elem_id=f"{media}-results", **(pictures if media == "image" else clips))
+    return Answer(status, used, preview, results)
 
 
 def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: Limits) -> GenerateTab:
     """Builds the controls of a tab inside the present Blocks context and wires them up."""
     tab = GenerateTab(engine, {offer.name: offer for offer in offers}, media)
-    first = offers[0]
-    caps = {"num_inference_steps": limits.max_steps, "height": limits.max_side, "width": limits.max_side,
-            "num_frames": limits.max_frames}  # fmt: skip
-    examples_of_tab = EXAMPLES[media]
     with gr.Row():
         with gr.Column(scale=2, min_width=320, elem_classes="ask"):
             with gr.Column():
-                model = gr.Dropdown(choices(offers), value=first.name, label="Model", elem_id=f"{media}-model")
-                uses_text = first.technique.options_class().condition == "prompt"
-                prompt = gr.Textbox(
-                    label="Prompt", info="what it shall show; Shift + Enter generates", lines=2, visible=uses_text,
-                    value=examples_of_tab[0], elem_id=f"{media}-prompt", max_length=limits.max_prompt,
-                    placeholder="for example: burger, 3d style",
-                )  # fmt: skip
-                examples = gr.Examples([[text] for text in examples_of_tab], [prompt], api_visibility="private")
-                label = gr.Dropdown(
-                    list(first.labels), label="Class", visible=not uses_text, allow_custom_value=True,
-                    value=first.labels[0] if first.labels else None, elem_id=f"{media}-label",
-                )  # fmt: skip
-                start_image = gr.Image(
-                    label="Start image: the first frame", type="filepath", height=160, sources=["upload", "clipboard"],
-                    visible=first.takes_start_image, elem_id=f"{media}-start-image",
-                )  # fmt: skip
-                with gr.Row():
-                    seed = gr.Number(
-                        -1, label="Seed", info="-1: a random one", precision=0, minimum=-1, elem_id=f"{media}-seed"
-                    )
-                    count = gr.Slider(1, limits.max_count, value=1, step=1, label="Count", elem_id=f"{media}-count")
-                with gr.Row():
-                    button = gr.Button("Generate", variant="primary", elem_id=f"{media}-generate")
-                    stop = gr.Button("Stop", variant="stop", elem_id=f"{media}-stop")
+                ask = _question(tab, limits)
             with gr.Column(elem_classes="tune"):
-                for cls in tab.option_classes:
-                    with gr.Group(visible=cls is first.technique.options_class()) as tab.groups[cls]:
-                        tab.controls[cls] = build_controls(cls, caps)
-                with gr.Accordion("Scheduler and acceleration", open=False):
-                    scheduler = gr.Dropdown(
-                        ["default", "flow-euler", "flow-heun", "ddim", "ddpm", "dpm-solver", "unipc"], value="default",
-                        label="Scheduler", info="default: the checkpoint's own", visible=first.takes_scheduler,
-                    )  # fmt: skip
-                    for row in tab.accelerations():
-                        with gr.Group(visible=row.name in first.accelerations) as tab.plugin_groups[row.name]:
-                            switch = gr.Checkbox(False, label=row.title, elem_id=f"{media}-{row.name}")
-                            tab.plugins[row.name] = (switch, build_controls(row.config_class(), {}))
-                upload = gr.File(
-                    label="Load settings from a file made here", file_types=[".png", ".mp4", ".gif"], type="filepath",
-                    height=170, elem_id=f"{media}-upload",
-                )  # fmt: skip
+                scheduler, upload = _tuning(tab, limits)
         with gr.Column(scale=3, min_width=320, elem_classes="see"):
-            status = gr.Markdown("Ready.", elem_id=f"{media}-status")
-            used = gr.Textbox(
-                label="Seed used", interactive=False, max_lines=1, placeholder="none yet", elem_id=f"{media}-used"
-            )
-            preview = gr.Image(
-                label="In progress", height=192, interactive=False, format="png", buttons=[], elem_id=f"{media}-preview"
-            )
-            if media == "image":
-                results = gr.Gallery(
-                    label="Results", columns=4, format="png", object_fit="contain", elem_id=f"{media}-results",
-                    buttons=["download", "fullscreen"],
-                )  # fmt: skip
-            else:
-                results = gr.Gallery(label="Results", columns=2, elem_id=f"{media}-results", buttons=["download"])
+            see = _answer(media)
 
     def on_generate(
         request: gr.Request,
@@ -281,15 +320,18 @@ def build_generate_tab(engine: Engine, offers: list[Offer], media: str, limits: 
     ) -> Iterator[tuple]:
         yield from tab.generate(*values, request=request, progress=progress)
 
-    inputs = [model, prompt, label, seed, count, scheduler, start_image, *tab.all_controls()]
-    shown = [prompt, examples.dataset, label, start_image, scheduler, *tab.groups.values(), *tab.plugin_groups.values()]
-    shown += [switch for switch, _ in tab.plugins.values()]
-    model.change(tab.on_model, [model], shown, api_visibility="private", queue=False)
+    inputs = [
+        ask.model, ask.prompt, ask.label, ask.seed, ask.count, scheduler, ask.start_image, *tab.all_controls(),
+    ]  # fmt: skip
+    shown = [ask.prompt, ask.examples.dataset, ask.label, ask.start_image, scheduler]
+    shown += [*tab.groups.values(), *tab.plugin_groups.values(), *(switch for switch, _ in tab.plugins.values())]
+    ask.model.change(tab.on_model, [ask.model], shown, api_visibility="private", queue=False)
+    # on input, not on change: settings loaded from a file bring their own values along
+    ask.model.input(tab.show_defaults, [ask.model], tab.option_controls(), api_visibility="private", queue=False)
     gr.on(
-        [button.click, prompt.submit], on_generate, inputs, [results, preview, status, used],
-        api_visibility="private", show_progress_on=[status], **DEVICE_QUEUE,
+        [ask.generate.click, ask.prompt.submit], on_generate, inputs, [see.results, see.preview, see.status, see.used],
+        api_visibility="private", show_progress_on=[see.status], **DEVICE_QUEUE,
     )  # fmt: skip
-    stop.click(tab.stop, None, [status], api_visibility="private", queue=False)
-    upload.upload(tab.load_settings, [upload], [*inputs, status], api_visibility="private", queue=False)
-    examples.dataset.label, examples.dataset.visible = "Examples", uses_text
+    ask.stop.click(tab.stop, None, [see.status], api_visibility="private", queue=False)
+    upload.upload(tab.load_settings, [upload], [*inputs, see.status], api_visibility="private", queue=False)
     return tab

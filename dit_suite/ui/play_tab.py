@@ -169,66 +169,17 @@ def start_choice(pipe: Any, index: int) -> int | None:
     return index if given is not None and index < len(given) else None
 
 
-def build_play_tab(context: PlayContext) -> PlayRooms:
-    """Adds the controls to the tab that is open. The first model is opened to learn its actions.
+@dataclass
+class PlayHandlers:
+    """What the controls call."""
 
-    Raises:
-        ValueError: no model is given.
-    """
-    if not context.models:
-        raise ValueError("the Play tab needs at least one model")
-    rooms = PlayRooms(context)
-    pipe, _ = rooms.pipe(context.models[0])
-    defaults = PlayOptions(frames_per_second=pipe.config.fps)
-    model = gr.Dropdown(list(context.models), value=context.models[0], label="Model", render=False)
-    private = {"api_visibility": "private"}
-    with gr.Row():
-        with gr.Column(scale=2, elem_id="play-stage"):
-            screen = gr.Image(label="Game", format="jpeg", height=320, interactive=False, buttons=[])
-            figures = gr.Markdown("Press Play, then use the arrow keys, WASD or the buttons.")
-
-            @gr.render(inputs=[model])
-            def action_buttons(name: str) -> None:
-                chosen, _ = rooms.pipe(name)
-                table = json.dumps(keys_of_actions(chosen.config.action_names))
-                gr.HTML(f"<span data-keys='{table}'></span>", elem_id="play-keys")
-                with gr.Row():
-                    for index, label in enumerate(chosen.config.action_names):
-                        button = gr.Button(label, size="sm", elem_id=f"play-action-{index}", min_width=48)
-
-                        def press(request: gr.Request, action: int = index) -> None:
-                            rooms.hold(request.session_hash, action)
-
-                        button.click(press, None, None, queue=False, show_progress="hidden", **private)
-
-            with gr.Row():
-                start = gr.Button("Play", variant="primary", elem_id="play-start")
-                stop = gr.Button("Stop")
-                save = gr.Button("Save MP4")
-            saved = gr.File(label="Recording", interactive=False, visible=False)
-        with gr.Column(scale=1):
-            model.render()
-            begin = gr.State(start_choice(pipe, 0))
-            starts = gr.Gallery(
-                start_pictures(pipe), label="Start frame (grey: the model dreams one)", columns=3, height=430,
-                object_fit="contain", format="png", allow_preview=False, selected_index=0, interactive=False,
-                buttons=[], elem_id="play-starts",
-            )  # fmt: skip
-            speed = gr.Slider(1, 60, value=defaults.frames_per_second, step=1, label="Frames per second")
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
-            with gr.Accordion("Advanced", open=False):
-                steps = gr.Slider(1, 20, value=pipe.config.default_steps, step=1, label="Passes per frame")
-                speculation = gr.Radio(
-                    list(MODES), value=defaults.speculation, label="Frames drafted ahead",
-                    info="run_ahead: in idle time, same frames; joint, staggered: several per pass, fewer passes",
-                )  # fmt: skip
-                draft = gr.Slider(1, 8, value=defaults.draft_length, step=1, label="Longest draft")
-                adaptive = gr.Checkbox(defaults.adaptive_draft, label="Draft length follows the player")
+    rooms: PlayRooms
 
     def play(
-        model: str, begin: int | None, seed: float, steps: float, speed: float, speculation: str, draft: float,
+        self, model: str, begin: int | None, seed: float, steps: float, speed: float, speculation: str, draft: float,
         adaptive: bool, request: gr.Request,
     ) -> Iterator[tuple[Any, str]]:  # fmt: skip
+        """Yields (picture, figures) for as long as the game runs."""
         try:
             options = PlayOptions(
                 num_inference_steps=int(steps),
@@ -239,44 +190,148 @@ def build_play_tab(context: PlayContext) -> PlayRooms:
                 start_frame=begin,
                 frames_per_second=int(speed),
             )
-            player = rooms.start(request.session_hash, model, options)
+            player = self.rooms.start(request.session_hash, model, options)
         except ValueError as error:
             raise gr.Error(str(error)) from None
         yield enlarge(player.session.frames[0]), "go"
         for picture, stats in player.frames():
             yield enlarge(picture), stats.line()
 
-    def keep(request: gr.Request) -> Any:
+    def keep(self, request: gr.Request) -> Any:
+        """The visitor's game as a file to download."""
         try:
-            return gr.File(str(rooms.save(request.session_hash)), visible=True)
+            return gr.File(str(self.rooms.save(request.session_hash)), visible=True)
         except ValueError as error:
             raise gr.Error(str(error)) from None
 
-    def halt(request: gr.Request) -> None:
-        rooms.stop(request.session_hash)
+    def halt(self, request: gr.Request) -> None:
+        """Ends the visitor's game."""
+        self.rooms.stop(request.session_hash)
 
-    def leave(request: gr.Request) -> None:
-        rooms.forget(request.session_hash)
+    def leave(self, request: gr.Request) -> None:
+        """Forgets the visitor."""
+        self.rooms.forget(request.session_hash)
 
-    controls = [model, begin, seed, steps, speed, speculation, draft, adaptive]
-    game = start.click(
-        play, controls, [screen, figures], concurrency_id="play", concurrency_limit=context.max_visitors,
-        show_progress="hidden", **private,
-    )  # fmt: skip
-    stop.click(halt, None, None, queue=False, cancels=[game], **private)
-    save.click(keep, None, [saved], **private)
-
-    def switched(name: str) -> tuple[Any, Any, Any, Any]:
-        chosen, _ = rooms.pipe(name)
+    def switched(self, name: str) -> tuple[Any, Any, Any, Any]:
+        """Start frames, the one chosen, passes and speed of another model."""
+        chosen, _ = self.rooms.pipe(name)
         pictures = gr.Gallery(start_pictures(chosen), selected_index=0)
         return pictures, start_choice(chosen, 0), chosen.config.default_steps, chosen.config.fps
 
-    def pick(name: str, event: gr.SelectData) -> int | None:
-        return start_choice(rooms.pipe(name)[0], event.index)
+    def pick(self, name: str, event: gr.SelectData) -> int | None:
+        """The start frame that was clicked."""
+        return start_choice(self.rooms.pipe(name)[0], event.index)
 
-    model.change(switched, [model], [starts, begin, steps, speed], **private)
-    starts.select(pick, [model], [begin], queue=False, show_progress="hidden", **private)
+
+def _action_buttons(rooms: PlayRooms, model: gr.Dropdown) -> None:
+    """A button for every action of the chosen model, drawn anew for another one, and the keys that press them."""
+
+    @gr.render(inputs=[model])
+    def draw(name: str) -> None:
+        chosen, _ = rooms.pipe(name)
+        table = json.dumps(keys_of_actions(chosen.config.action_names))
+        gr.HTML(f"<span data-keys='{table}'></span>", elem_id="play-keys")
+        with gr.Row():
+            for index, label in enumerate(chosen.config.action_names):
+                button = gr.Button(label, size="sm", elem_id=f"play-action-{index}", min_width=48)
+
+                def press(request: gr.Request, action: int = index) -> None:
+                    rooms.hold(request.session_hash, action)
+
+                button.click(press, None, None, queue=False, show_progress="hidden", api_visibility="private")
+
+
+@dataclass
+class Stage:
+    """Where the game is seen, and its buttons."""
+
+    screen: gr.Image
+    figures: gr.Markdown
+    start: gr.Button
+    stop: gr.Button
+    save: gr.Button
+    saved: gr.File
+
+
+def _stage(rooms: PlayRooms, model: gr.Dropdown) -> Stage:
+    screen = gr.Image(label="Game", format="jpeg", height=320, interactive=False, buttons=[])
+    figures = gr.Markdown("Press Play, then use the arrow keys, WASD or the buttons.")
+    _action_buttons(rooms, model)
+    with gr.Row():
+        start = gr.Button("Play", variant="primary", elem_id="play-start")
+        stop = gr.Button("Stop")
+        save = gr.Button("Save MP4")
+    saved = gr.File(label="Recording", interactive=False, visible=False)
+    return Stage(screen, figures, start, stop, save, saved)
+
+
+@dataclass
+class Settings:
+    """How the next game is played: `begin` holds the start frame that `starts` shows as chosen."""
+
+    begin: gr.State
+    starts: gr.Gallery
+    speed: gr.Slider
+    seed: gr.Number
+    steps: gr.Slider
+    speculation: gr.Radio
+    draft: gr.Slider
+    adaptive: gr.Checkbox
+
+
+def _settings(pipe: Any) -> Settings:
+    defaults = PlayOptions(frames_per_second=pipe.config.fps)
+    begin = gr.State(start_choice(pipe, 0))
+    starts = gr.Gallery(
+        start_pictures(pipe), label="Start frame (grey: the model dreams one)", columns=3, height=430,
+        object_fit="contain", format="png", allow_preview=False, selected_index=0, interactive=False,
+        buttons=[], elem_id="play-starts",
+    )  # fmt: skip
+    speed = gr.Slider(1, 60, value=defaults.frames_per_second, step=1, label="Frames per second")
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
+    with gr.Accordion("Advanced", open=False):
+        steps = gr.Slider(1, 20, value=pipe.config.default_steps, step=1, label="Passes per frame")
+        speculation = gr.Radio(
+            list(MODES), value=defaults.speculation, label="Frames drafted ahead",
+            info="run_ahead: in idle time, same frames; joint, staggered: several per pass, fewer passes",
+        )  # fmt: skip
+        draft = gr.Slider(1, 8, value=defaults.draft_length, step=1, label="Longest draft")
+        adaptive = gr.Checkbox(defaults.adaptive_draft, label="Draft length follows the player")
+    return Settings(begin, starts, speed, seed, steps, speculation, draft, adaptive)
+
+
+def build_play_tab(context: PlayContext) -> PlayRooms:
+    """Adds the controls to the tab that is open. The first model is opened to learn its actions.
+
+    Raises:
+        ValueError: no model is given.
+    """
+    if not context.models:
+        raise ValueError("the Play tab needs at least one model")
+    rooms = PlayRooms(context)
+    handlers = PlayHandlers(rooms)
+    pipe, _ = rooms.pipe(context.models[0])
+    model = gr.Dropdown(list(context.models), value=context.models[0], label="Model", render=False)
+    with gr.Row():
+        with gr.Column(scale=2, elem_id="play-stage"):
+            stage = _stage(rooms, model)
+        with gr.Column(scale=1):
+            model.render()
+            chosen = _settings(pipe)
+
+    private = {"api_visibility": "private"}
+    controls = [
+        model, chosen.begin, chosen.seed, chosen.steps, chosen.speed, chosen.speculation, chosen.draft, chosen.adaptive,
+    ]  # fmt: skip
+    game = stage.start.click(
+        handlers.play, controls, [stage.screen, stage.figures], concurrency_id="play",
+        concurrency_limit=context.max_visitors, show_progress="hidden", **private,
+    )  # fmt: skip
+    stage.stop.click(handlers.halt, None, None, queue=False, cancels=[game], **private)
+    stage.save.click(handlers.keep, None, [stage.saved], **private)
+    model.change(handlers.switched, [model], [chosen.starts, chosen.begin, chosen.steps, chosen.speed], **private)
+    chosen.starts.select(handlers.pick, [model], [chosen.begin], queue=False, show_progress="hidden", **private)
     # not on the click of Play: the page runs the listeners of one event in turn, and the game's ends with the game
     Context.root_block.load(None, None, None, js=_KEYS, **private)
-    Context.root_block.unload(leave)
+    Context.root_block.unload(handlers.leave)
     return rooms

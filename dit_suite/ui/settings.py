@@ -19,6 +19,16 @@ class Limits(Options):
     max_prompt: int = option(1000, "characters of a prompt", minimum=1)
     max_queue: int = option(64, "requests that may wait", minimum=1)
 
+    @property
+    def of_options(self) -> dict[str, int]:
+        """The most that a call option may be, by its name."""
+        return {
+            "num_inference_steps": self.max_steps,
+            "height": self.max_side,
+            "width": self.max_side,
+            "num_frames": self.max_frames,
+        }
+
 
 PUBLIC_LIMITS = Limits(max_steps=50, max_count=4, max_side=256, max_frames=16, max_prompt=300, max_queue=20)
 

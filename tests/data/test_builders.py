@@ -21,8 +21,8 @@ from dit_suite.data.folder import FolderOptions, build_folder, centre_crop
 from dit_suite.data.freedoom import BUTTONS, SCENARIOS, DepthPlayer, FreedoomOptions, build_freedoom, still_share
 from dit_suite.data.packages import read_json
 from dit_suite.data.readers import decode_clip, decode_picture, open_source
+from dit_suite.data.section import DataSection
 from dit_suite.data.tables import read_rows
-from dit_suite.training.config import DataSection
 
 ROOT = Path(__file__).parents[2]
 

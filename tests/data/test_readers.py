@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from dit_suite.data.captions import CaptionStates, all_captions, captions_of, save_states
+from dit_suite.data.draws import Draws
 from dit_suite.data.emoji64 import SCHEMA, lossless_webp
 from dit_suite.data.labels import LabelTable
 from dit_suite.data.procedural import shapes_set, sprites_set
 from dit_suite.data.readers import ActionWindows, ClipRows, ImageRows, open_source, pick_caption, shift_on_white
-from dit_suite.data.tables import read_rows, replacing_folder, write_table
-from dit_suite.training.config import DataSection
-from dit_suite.training.draws import Draws
+from dit_suite.data.section import DataSection
+from dit_suite.data.tables import read_rows, write_table
+from dit_suite.files import replacing_folder
 
 FIXTURE = Path(__file__).parents[1] / "fixtures/emoji.parquet"
 
@@ -189,6 +190,24 @@ def test_action_windows_are_aligned_and_never_cross_an_episode():
 def test_settings_that_a_kind_would_not_heed_are_refused(given, name):
     with pytest.raises(ValueError, match=f"data.{name} is for pictures: a set of kind {given['kind']}"):
         open_source(DataSection(count=2, frames=4, **given))
+
+
+@pytest.mark.parametrize("kind", ["shapes", "sprites", "square"])
+def test_procedural_sets_hold_samples_out(kind):
+    """No held-out sample is among twice as many training samples; the same split is the same set; no other is there."""
+
+    def samples(split, count=20):
+        source = open_source(DataSection(kind=kind, split=split, count=count, size=16, frames=4))
+        found = source.fetch(torch.arange(len(source)), _draws(len(source)))["samples"]
+        return {row.numpy().tobytes() for row in found}
+
+    train, held_out = samples("train", 40), samples("heldout")
+    assert len(held_out) > 15 and samples("heldout") == held_out
+    if kind != "square":  # the game has so few states that two of its players may do the same for a while
+        assert not train & held_out
+    assert not held_out <= train
+    with pytest.raises(ValueError, match="is train or heldout, got 'pairs'"):
+        samples("pairs")
 
 
 def test_shapes_and_sprites_look_like_their_captions():

@@ -12,7 +12,8 @@ from dit_suite.caching.bac import apply_bac
 from dit_suite.caching.plan import BACConfig
 from dit_suite.caching.profile import SimilarityProfile
 from dit_suite.caching.recorder import ProfileRecorder
-from dit_suite.checkpoints import load_pipeline
+from dit_suite.call_options import ClassToImageOptions
+from dit_suite.checkpoints import find_checkpoint, load_pipeline
 from dit_suite.grafting.distill import DistillConfig, Distiller, Student, distillation_loss
 from dit_suite.grafting.locality import AttentionLocality
 from dit_suite.grafting.models import GraftedDiTModel, graft
@@ -252,16 +253,18 @@ def test_save_load_and_cache(tmp_path: Path) -> None:
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """graft.py and calibrate_bac.py on a saved tiny pipeline, and their one-sentence errors."""
+    """graft.py and calibrate_bac.py on a saved tiny pipeline that recommends 3 steps, and their one-sentence errors."""
     pipeline(teacher()).save_pretrained(tmp_path / "tiny")
+    (tmp_path / "tiny" / "sampling.json").write_text('{"num_inference_steps": 3}')
     graft_main = runpy.run_path(str(ROOT / "scripts" / "graft.py"))["main"]
     plan = str(ROOT / "configs" / "grafts" / "hyena_x_50.yaml")
-    call = ["--model", str(tmp_path / "tiny"), "--class-labels", "1", "2", "--num-inference-steps", "3"]
+    call = ["--model", str(tmp_path / "tiny"), "--class-labels", "1", "2"]
     out = tmp_path / "grafted"
     assert graft_main([*call, "--plan", plan, "--epochs", "2", "--batch-size", "2", "--output", str(out)]) == 0
     report = json.loads((out / "stage1.json").read_text())
     assert report["batches"] == 2 and [row["steps"] for row in report["operators"]] == [6, 6]
     assert isinstance(load_pipeline(out).transformer, GraftedDiTModel)
+    assert find_checkpoint(out).defaults == ClassToImageOptions(num_inference_steps=3)
     assert graft_main([*call, "--plan", "nowhere.yaml", "--output", str(out)]) == 2
     calibrate = runpy.run_path(str(ROOT / "scripts" / "calibrate_bac.py"))["main"]
     profiles = tmp_path / "tiny" / "bac"

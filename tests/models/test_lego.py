@@ -1,6 +1,7 @@
 """LEGO: golden parity, locality, canvases, stopping and skipping, the published shapes."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dit_suite.converters import ConversionError
 from dit_suite.converters import lego as converter
+from dit_suite.data.draws import Draws
 from dit_suite.golden import lego as golden
 from dit_suite.golden import read_fixture, section
 from dit_suite.models.dit import DiTModel
-from dit_suite.models.lego import LegoTransformer2DModel, lego_config
+from dit_suite.models.lego import LegoTransformer2DModel
 from dit_suite.training.config import load_config
-from dit_suite.training.draws import Draws
 from dit_suite.training.objectives import EDM, TrainingBatch
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -229,6 +230,23 @@ def test_fresh_bricks_predict_zero_and_the_objective_averages_them():
     torch.testing.assert_close(every.loss, torch.stack(list(every.parts.values())).mean(0))
 
 
+def published_shape(arrangement: str, resolution: int, depths: Sequence[int], hidden_size: int, num_heads: int) -> dict:
+    """Arguments of a published shape: "PG" (patches grow), "PR" (patches shrink) or "U" (shrink, then grow).
+
+    Bricks cover 4, 16 and `resolution` pixels; `depths` are in the order of the bricks.
+    """
+    growing, token_side = [4, 16, resolution], {4: 2, 16: 8, 32: 2, 64: 2}
+    bricks = {"PG": growing, "PR": growing[::-1], "U": growing[::-1] + growing[1:]}[arrangement]
+    return {
+        "sample_size": resolution,
+        "brick_sizes": bricks,
+        "patch_sizes": [token_side[size] for size in bricks],
+        "brick_depths": list(depths),
+        "num_attention_heads": num_heads,
+        "attention_head_dim": hidden_size // num_heads,
+    }
+
+
 @pytest.mark.parametrize(
     "arrangement,resolution,depths,width,heads,channels,millions",
     [
@@ -253,7 +271,7 @@ def test_fresh_bricks_predict_zero_and_the_objective_averages_them():
 )
 def test_parameter_counts(arrangement, resolution, depths, width, heads, channels, millions):
     """Fact 14; the published counts include the fixed position tables."""
-    config = lego_config(arrangement, resolution, depths, width, heads)
+    config = published_shape(arrangement, resolution, depths, width, heads)
     with init_empty_weights(include_buffers=False):
         model = LegoTransformer2DModel(**config, in_channels=channels, num_classes=1000)
     tables = sum(brick.pos_embed.numel() for brick in model.bricks)

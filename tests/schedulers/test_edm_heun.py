@@ -49,6 +49,16 @@ def run(scheduler: EDMHeunScheduler, noise: torch.Tensor, steps: int, generators
     return state
 
 
+def test_scalings_of_a_number_and_of_a_tensor():
+    """Table 1 written out for sigma 2 and sigma_data 0.5."""
+    root = math.sqrt(2**2 + 0.5**2)
+    expected = (0.5**2 / root**2, 2 * 0.5 / root, 1 / root, math.log(2) / 4)
+    assert edm_scalings(2.0, 0.5) == pytest.approx(expected, rel=1e-14)
+    both = torch.tensor([[2.0], [1.0]], dtype=torch.float64)
+    for found, first, second in zip(edm_scalings(both, 0.5), expected, edm_scalings(1.0, 0.5), strict=True):
+        assert found.flatten().tolist() == pytest.approx([first, second], rel=1e-14) and found.shape == (2, 1)
+
+
 @pytest.mark.parametrize("s_churn", [0.0, 3.0])
 def test_equals_the_algorithm(s_churn):
     noise = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

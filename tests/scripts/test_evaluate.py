@@ -113,6 +113,8 @@ def test_bundled_references_are_complete_and_refuse_other_features(folder, capsy
         (["--samples", "FOLDER", "--reference", "REAL", "--metrics", "foo"], "there is no metric 'foo'"),
         (["--samples", "FOLDER", "--reference", "REAL", "--features", "foo"], "there are no features 'foo'"),
         (["--samples", "FOLDER", "--reference", "REAL", "--bootstrap", "3"], "bootstrap must be"),
+        (["--samples", "FOLDER", "--reference", "REAL", "--output", "EMPTY"], "empty is a folder; name a file in it"),
+        (["--samples", "FOLDER", "--save-statistics", "STATS"], "taken is a file; choose a folder"),
         (["--generate", "--reference", "REAL"], "give --pipeline or --model"),
         (["--generate", "--model", "MODEL", "--reference", "REAL"], "needs --prompts"),
         (["--generate", "--model", "MODEL", "--conditions-from", "no.parquet", "--reference", "REAL"], "no.parquet"),
@@ -120,7 +122,9 @@ def test_bundled_references_are_complete_and_refuse_other_features(folder, capsy
 )
 def test_bad_input_gives_one_sentence(arguments, words, model, reference, folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").write_text("")
     places = {"REAL": reference, "FOLDER": folder, "MODEL": model, "EMPTY": tmp_path / "empty"}
+    places["STATS"] = tmp_path / "taken" / "statistics.npz"
     assert main([str(places.get(word, word)) for word in arguments]) == 2
     captured = capsys.readouterr()
     assert words in captured.err and captured.out == ""

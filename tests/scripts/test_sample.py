@@ -77,6 +77,24 @@ def test_from_image_makes_the_same_pixels(reference, tmp_path):
         assert (tmp_path / f"{index:06d}.png").read_bytes() == (reference / f"{index:06d}.png").read_bytes()
 
 
+def test_what_a_checkpoint_recommends_is_used_and_recorded(tmp_path, capsys):
+    """Without flags its steps and guidance count, a flag wins, and the help tells them."""
+    model = save_tiny(tmp_path / "model")
+    (model / "sampling.json").write_text('{"num_inference_steps": 3, "guidance_scale": 1.5}')
+    call = ["--model", str(model), "--prompts", "red apple", "--device", "cpu"]
+    for flags, expected in (([], (3, 1.5)), (["--num-inference-steps", "2", "--guidance-scale", "4"], (2, 4.0))):
+        output = tmp_path / f"steps-{expected[0]}"
+        assert main([*call, *flags, "--output", str(output)]) == 0
+        for options in (
+            read_record(output / "000000.png")["options"],
+            json.loads((output / "run.json").read_text())["options"],
+        ):
+            assert (options["num_inference_steps"], options["guidance_scale"]) == expected
+    capsys.readouterr()
+    assert main(["--model", str(model), "--help"]) == 0
+    assert "denoising steps: fewer are faster (default: 3)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_no_metadata(model, tmp_path):
     assert main(arguments(model, tmp_path, "--no-metadata", num_samples=1)) == 0
     assert Image.open(tmp_path / "000000.png").info == {}
@@ -148,13 +166,16 @@ def test_other_options_in_the_same_folder_are_refused(model, reference, capsys):
     assert main([*arguments(model, reference), "--guidance-scale", "9"]) == 2
     expected = "holds samples that were made otherwise: options.guidance_scale was 4.0 and is 9.0 now; choose another"
     assert expected in capsys.readouterr().err
+    assert main([*arguments(model, reference), "--accelerate", "bac"]) == 2
+    assert "otherwise: accelerations.bac was not given and is given now; choose" in capsys.readouterr().err
     assert {p.name: p.stat().st_mtime_ns for p in reference.iterdir()} == before
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(model, tmp_path, capsys):
     (tmp_path / "taken").write_text("x")
-    assert main(arguments(model, tmp_path / "taken")) == 2
-    assert "taken is a file; choose a folder" in capsys.readouterr().err
+    for output in (tmp_path / "taken", tmp_path / "taken" / "deeper" / "still"):
+        assert main(arguments(model, output)) == 2
+        assert "taken is a file; choose a folder" in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_there_is_named(model, tmp_path, capsys):
@@ -218,17 +239,46 @@ def test_bad_input_gets_one_sentence(model, tmp_path, capsys, more, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_class_or_action_that_is_not_there_is_refused_before_the_network_is_opened(tmp_path, capsys, monkeypatch):
+    """Nothing is written and no weights are read; the null class of a network is a class."""
+    import dit_suite.sampling
+
+    def never(*args, **kwargs):
+        raise AssertionError("the network was opened")
+
+    monkeypatch.setattr(dit_suite.sampling, "open_pipeline", never)
+    actions = tmp_path / "actions.json"
+    actions.write_text('[["up"], ["jump"]]')
+    for model, flags, message in (
+        ("emoji-dit-32", ["--class-labels", "3", "5"], "class_labels must lie between 0 and 3, got 5"),
+        ("emoji-lego-64", ["--class-labels", "noto/smileys"], "close names: noto/smileys-emotion"),
+        ("moving-square-nfd", ["--actions-file", str(actions)], "there is no action 'jump'; they are 0..4: stay, up"),
+    ):
+        assert main(["--model", model, *flags, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "0%|" not in error
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(AssertionError, match="was opened"):
+        main(["--model", "emoji-dit-32", "--class-labels", "4", "--output", str(tmp_path / "out"), "--device", "cpu"])
+
+
+def test_what_the_pipeline_refuses_leaves_no_folder(model, tmp_path, capsys):
+    assert main(arguments(model, tmp_path / "out", "--height", "9")) == 2
+    assert "height must be a positive multiple of 2, got 9" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_with_foreign_pictures_is_refused(model, reference, tmp_path, capsys):
     (tmp_path / "000000.png").write_bytes((reference / "000000.png").read_bytes())
     assert main(arguments(model, tmp_path)) == 2
     assert "but no run.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, "", "\n \n"])
+@pytest.mark.parametrize("content", [None, b"", b"\n \n", b"\xff\xfe\x00"])
 def test_prompt_files(model, tmp_path, capsys, content):
     path = tmp_path / "prompts.txt"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content)
     assert main(["--model", str(model), "--prompts-file", str(path), "--output", str(tmp_path / "out")]) == 2
     assert "prompts.txt" in capsys.readouterr().err
 
@@ -390,7 +440,8 @@ def test_a_cache_from_the_command_line(tmp_path, monkeypatch):
     error = np.square(pictures[0].astype(float) - pictures[1]).mean()
     assert 0 < error < 255**2 / 10**2
     with apply_bac(pipe, BACConfig(budget=5, interpolate=True)):
-        image = pipe(class_labels=[1], num_inference_steps=10, generator=sample_generators(0, [0]), output_type="np")
+        given = {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "np"}
+        image = pipe(class_labels=[1], **given, generator=sample_generators(0, [0]))
     assert np.array_equal(to_uint8(image.images)[0], pictures[1])
     assert main([*call, "--accelerate", "bac:budget=5", "--output", str(tmp_path / "refused")]) == 2
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dit_suite.data.draws import Draws
 from dit_suite.models.nfd import NFDTransformer3DModel
 from dit_suite.training.consistency import (
     ConsistencyDistillation,
@@ -13,7 +14,6 @@ from dit_suite.training.consistency import (
     jvp_of,
     normalise_tangent,
 )
-from dit_suite.training.draws import Draws
 from dit_suite.training.objectives import TrainingBatch
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dit_suite.checkpoints import load_pipeline
+from dit_suite.data.draws import Draws
 from dit_suite.schedulers.trigflow import TrigFlowScheduler, flow_level
 from dit_suite.training.consistency import checkpoint_teacher
-from dit_suite.training.draws import Draws
 from dit_suite.training.grid_consistency import GridConsistency
 from dit_suite.training.objectives import TrainingBatch
 

@@ -8,10 +8,10 @@ import torch
 from accelerate.state import AcceleratorState
 
 from dit_suite.data.captions import save_states
+from dit_suite.data.draws import Draws
 from dit_suite.data.procedural import COLORS, SHAPES
 from dit_suite.training.conditioning import ClassCondition, TextCondition
 from dit_suite.training.config import config_from_dict
-from dit_suite.training.draws import Draws
 from dit_suite.training.trainer import Trainer
 
 from .conftest import curve, tiny_values

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from dit_suite.data.draws import Draws
 from dit_suite.models.acdit import ACDiTTransformer3DModel
 from dit_suite.training.block_diffusion import BlockDiffusion
-from dit_suite.training.draws import Draws
 from dit_suite.training.next_frame import NextFrameFlow
 from dit_suite.training.objectives import TrainingBatch, named_tables
 

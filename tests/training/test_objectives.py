@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dit_suite.training.draws import Draws, Stream
+from dit_suite.data.draws import Draws, Stream
+from dit_suite.schedulers.edm_heun import edm_scalings
 from dit_suite.training.objectives import (
     EDM,
     Diffusion,
@@ -14,7 +15,6 @@ from dit_suite.training.objectives import (
     RectifiedFlow,
     TrainingBatch,
     add_noise,
-    edm_scalings,
     interpolate,
     logit_normal,
     named_tables,

@@ -78,8 +78,13 @@ def test_killed_run_goes_on_bit_for_bit(finished, tmp_path):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert states(tmp_path / "run/state"), "the child saved no state"
+    half = tmp_path / "run/state/.step_00000099.1.part"
+    half.mkdir()
+    (half / "state.json").write_text("{}")
     Trainer(load_config(path)).run()
     assert curve(tmp_path / "run") == curve(folder)
+    left = {place.name for place in (tmp_path / "run/state").iterdir()}
+    assert left == {place.name for place in states(tmp_path / "run/state")}
 
 
 def test_accumulation_changes_nothing_but_rounding(finished, tmp_path):

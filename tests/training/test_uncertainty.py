@@ -9,8 +9,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from dit_suite.data.draws import Draws
 from dit_suite.training.config import config_from_dict
-from dit_suite.training.draws import Draws
 from dit_suite.training.objectives import Diffusion
 from dit_suite.training.state import states
 from dit_suite.training.trainer import Trainer

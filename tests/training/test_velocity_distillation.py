@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dit_suite.checkpoints import load_pipeline
+from dit_suite.data.draws import Draws
 from dit_suite.training.config import config_from_dict
-from dit_suite.training.draws import Draws
 from dit_suite.training.objectives import RectifiedFlow, TrainingBatch, objective_class
 from dit_suite.training.trainer import Trainer
 from dit_suite.training.velocity_distillation import DistilledFlow

@@ -74,6 +74,9 @@ def test_only_the_named_endpoints_are_public(client):
 def test_list_models(client, model):
     rows = {row["name"]: row for row in client.predict(api_name="/list_models")}
     assert rows[model]["technique"] == "pixart" and rows["emoji-pixart-64"]["condition"] == "prompt"
+    for name, steps, guidance in (("emoji-pixart-64", 20, 4.0), ("emoji-dit-32", 20, 2.0), ("emoji-lego-64", 10, 2.0)):
+        options = rows[name]["options"]
+        assert (options["num_inference_steps"], options["guidance_scale"]) == (steps, guidance), name
 
 
 def test_count_equals_single_runs(client, model):

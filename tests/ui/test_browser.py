@@ -101,10 +101,18 @@ def test_stop_keeps_what_is_finished(page, output):
 
 
 def test_load_settings_gives_the_same_pixels(page, output):
+    """Another model shows the options it recommends; the file then brings back its own model and options."""
+    expect = pytest.importorskip("playwright.sync_api").expect
+    steps = page.locator("input[aria-label^='number input for Steps']:visible")
     first = made(output)[0]
     fill(page, "#image-prompt", "something else")
+    page.locator("#image-model input").click()
+    page.get_by_role("option", name=re.compile("emoji-lego-64")).click()
+    page.get_by_label("Skipping (t_break)").first.wait_for()
+    expect(steps).to_have_value("10")
     page.locator("#image-upload input[type=file]").set_input_files(str(first))
     status(page, "Settings loaded")
+    expect(steps).to_have_value("4")
     assert page.locator("#image-prompt textarea").input_value() == "red apple, flat style"
     assert page.locator("#image-seed input").input_value() == "7"
     count = len(made(output))

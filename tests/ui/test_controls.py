@@ -7,7 +7,8 @@ from dit_suite.caching.plan import BACConfig
 from dit_suite.call_options import TextToImageOptions, TextToVideoOptions
 from dit_suite.options import fields_of
 from dit_suite.registry import ACCELERATIONS, TECHNIQUES
-from dit_suite.ui.controls import control_for, options_from_values, values_from_options
+from dit_suite.ui.controls import control_for, options_from_values, values_from_options, within
+from dit_suite.ui.settings import PUBLIC_LIMITS
 
 CLASSES = {row.options_class() for row in TECHNIQUES} | {row.config_class() for row in ACCELERATIONS}
 
@@ -15,7 +16,7 @@ CLASSES = {row.options_class() for row in TECHNIQUES} | {row.config_class() for 
 @pytest.mark.parametrize("cls", sorted(CLASSES, key=lambda cls: cls.__name__), ids=lambda cls: cls.__name__)
 def test_defaults_come_back_from_the_controls(cls):
     """An empty gr.Number sends 0 once the page has drawn it, so no option without a value may be one."""
-    controls = [control_for(spec) for spec in fields_of(cls)]
+    controls = [control_for(spec, spec.default) for spec in fields_of(cls)]
     assert not [c.label for c in controls if isinstance(c, (gr.Number, gr.Slider)) and c.value is None]
     assert options_from_values(cls, [c.value for c in controls]) == cls()
     assert options_from_values(cls, values_from_options(cls())) == cls()
@@ -39,6 +40,14 @@ def test_typed_numbers_are_read():
 def test_values_shown_come_back():
     for options in (BACConfig(flop_fraction=0.25), TextToVideoOptions(num_frames=8, height=32)):
         assert options_from_values(type(options), values_from_options(options)) == options
+
+
+def test_values_beyond_the_servers_limits_are_lowered():
+    limits = PUBLIC_LIMITS.of_options
+    assert within(TextToVideoOptions(num_inference_steps=90, height=32), limits) == TextToVideoOptions(
+        num_inference_steps=50, height=32
+    )
+    assert within(BACConfig(), limits) == BACConfig()
 
 
 def test_labels_are_words():

@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dit_suite.metadata import read_record
 from dit_suite.models.nfd import NFDTransformer3DModel
 from dit_suite.pipelines.pipeline_nfd import START_FRAMES, NFDPipeline
 from dit_suite.sampling import job_of_record, sample_batch
 from dit_suite.schedulers.trigflow import TrigFlowScheduler
 from dit_suite.ui.play import Player, PlayOptions, PlaySession, enlargement, keys_of_actions
 from dit_suite.ui.play_tab import PlayContext, PlayRooms, build_play_tab, enlarge, start_choice, start_pictures
-from dit_suite.video import read_video, read_video_record
+from dit_suite.video import read_video
 
 NAMES = ("stay", "left", "forward+left")
 
@@ -153,7 +154,7 @@ def test_a_game_saved_while_it_runs_has_an_action_for_every_frame(pipe, tmp_path
     for number, thread in enumerate(saves):
         thread.join()
         path = tmp_path / f"{number}.mp4"
-        played = read_video_record(path)["condition"]
+        played = read_record(path)["condition"]
         assert played == [0, 1, 2][: len(played)]
         assert len(played) > number
         assert len(read_video(path)) == len(played) + 1
@@ -197,7 +198,7 @@ def test_the_loop_keeps_time_reads_the_held_action_and_stops(pipe):
 def test_a_recording_holds_the_frames_and_the_actions(pipe, tmp_path):
     session = play(pipe, ACTIONS, frames_per_second=10)
     path = session.save(tmp_path / "game.mp4", "toy", "a" * 64)
-    frames, record = read_video(path), read_video_record(path)
+    frames, record = read_video(path), read_record(path)
     assert frames.shape == (len(ACTIONS) + 1, 256, 256, 3)
     assert record["condition"] == ACTIONS
     again = made_again(pipe, record).repeat(32, axis=1).repeat(32, axis=2)

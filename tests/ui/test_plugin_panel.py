@@ -1,9 +1,12 @@
 """The acceleration panel: it shows the plug-ins that fit the chosen model, and refuses the others."""
 
+from dataclasses import replace
+
 import gradio as gr
 import pytest
 
 from dit_suite.caching.plan import BACConfig
+from dit_suite.call_options import TextToImageOptions
 from dit_suite.registry import TECHNIQUES
 from dit_suite.ui.catalog import Offer
 from dit_suite.ui.controls import values_from_options
@@ -62,6 +65,25 @@ def test_a_model_shows_the_plug_ins_that_fit(tab, name):
     off = {row for row, update in zip(rows, switches, strict=True) if update.get("value", True) is False}
     assert off == set(rows) - expected
     assert len(updates) == 5 + len(tab.groups) + 2 * len(rows)
+
+
+def test_choosing_a_model_shows_the_options_it_recommends(tab, folder):
+    """Only the controls of its class change, and no value exceeds the server's limit."""
+    recommended = TextToImageOptions(num_inference_steps=400, guidance_scale=2.0)
+    offer = tab.offers[folder]
+    tab.offers[folder] = replace(offer, recommended=recommended)
+    try:
+        shown = tab.show_defaults(folder)
+    finally:
+        tab.offers[folder] = offer
+    position = 0
+    for cls in tab.option_classes:
+        own, position = shown[position : position + len(tab.controls[cls])], position + len(tab.controls[cls])
+        if cls is TextToImageOptions:
+            assert own == values_from_options(replace(recommended, num_inference_steps=200))
+        else:
+            assert own == [gr.skip()] * len(own)
+    assert position == len(shown)
 
 
 def test_a_chosen_plug_in_reaches_the_job(tab, folder):

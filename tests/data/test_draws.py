@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_suite.training.draws import Draws, Stream, philox, shuffled_indices
+from dit_suite.data.draws import Draws, Stream, philox, shuffled_indices
 
 
 def _words(values, key):
