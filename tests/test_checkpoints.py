@@ -155,9 +155,10 @@ def test_recommended_options_that_do_not_fit_are_one_sentence(copy, text, messag
 
 def test_bundles_whose_sheets_were_made_otherwise_say_so():
     """Steps and guidance of the sheets in their cards."""
-    for name, steps in (("emoji-dit-32", 20), ("emoji-lego-64", 10)):
+    for name, steps in (("emoji-dit-32", 20), ("emoji-lego-64", 10), ("emoji-switchdit-64", 20)):
         found = find_checkpoint(name).defaults
         assert (found.num_inference_steps, found.guidance_scale) == (steps, 2.0), name
+    assert find_checkpoint("emoji-ptdit-64").defaults.num_inference_steps == 20
 
 
 def test_bundles_are_what_the_index_says():
