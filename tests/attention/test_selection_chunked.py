@@ -202,7 +202,6 @@ def test_where_the_compiled_selection_runs():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("mode", "pool"), THRESHOLD + TOPK)
 def test_compiled_selection_on_a_gpu(mode, pool):
-    """Written without a GPU at hand; it has never run."""
     parts = partition((8, 40, 40), (2, 8, 8))
     query, means = _whole_numbers(6, parts=parts, dim=64, device="cuda")
     assert selection_chunked.chunked_unavailable(query) is None

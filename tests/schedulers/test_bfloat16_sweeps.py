@@ -251,7 +251,6 @@ def test_planner_offers_it_where_it_is_faster(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu():
-    """Never run so far: the machine that this was written on has no GPU."""
     model, z = tiny_model().cuda(), noise(4).cuda()
     exact = GSJacobiScheduler().step(model.blocks[1], 1, z, LABELS.cuda()).tokens
     strategy = BlockStrategy(1, 12, tolerance=1e-4, bfloat16_sweeps=1)

@@ -91,7 +91,6 @@ def test_fixed_passes_need_a_rolling_cache():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_cuda_graphs_give_the_same_frames():
-    """Never run so far: the machine that this was written on has no GPU."""
     model = network().cuda()
     expected, _ = play(model, "off")
     found, sampler = play(model, "compiled")
