@@ -111,6 +111,9 @@ class TarFlowOptions(Options):
         maximum=4096,
         advanced=True,
     )
+    cuda_graphs: bool = option(
+        False, "solve blocks by recorded CUDA graphs on a GPU (no effect elsewhere)", advanced=True, label="CUDA graphs"
+    )
     guidance_parameters: str = option(
         "ab", "what guidance moves: a log-scale, b shift", choices=("ab", "a", "b"), advanced=True
     )

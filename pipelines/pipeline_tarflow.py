@@ -33,6 +33,12 @@ class TarFlowPipelineOutput(BaseOutput):
     blocks: list[BlockTrace]
 
 
+def _has_hooks(model: torch.nn.Module) -> bool:
+    """Whether accelerate or diffusers hooked a module: to move or cast its weights, or to change what it computes."""
+    modules = [vars(module) for module in model.modules()]
+    return any("_hf_hook" in own or getattr(own.get("_diffusers_hook"), "hooks", {}) for own in modules)
+
+
 class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
     """Generates pictures of classes with a normalizing flow on pixels.
 
@@ -74,6 +80,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         tolerance: float,
         guess: str,
         bfloat16_sweeps: int | None,
+        cuda_graphs: bool,
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
         output_type: str,
@@ -94,6 +101,8 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             raise ValueError(f"guess must be one of {', '.join(GUESSES)}, got {guess!r}")
         if bfloat16_sweeps is not None and bfloat16_sweeps < 0:
             raise ValueError(f"bfloat16_sweeps must be at least 0, or None for the plan's, got {bfloat16_sweeps}")
+        if cuda_graphs and _has_hooks(self.transformer):
+            raise ValueError("cuda_graphs run the flow without its hooks: not with offloading, casting or plug-ins")
         guesses = {each.guess for each in self.block_strategies(strategy, sweeps, modules, guess)}
         if "linear" in guesses and not self.transformer.config.guess_kernel:
             raise ValueError(
@@ -162,6 +171,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         tolerance: float = 0.0,
         guess: str = "latent",
         bfloat16_sweeps: int | None = None,
+        cuda_graphs: bool = False,
         guidance_parameters: str = "ab",
         attention_temperature: float = 1.0,
         annealed_guidance: bool = True,
@@ -187,6 +197,9 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
             bfloat16_sweeps: how many of the first sweeps of a module run in bfloat16, never its last one; they stay in
                 float32 where that is known to be faster (each trace's `note` says so). None: as many as planned, none
                 for "jacobi" and "gauss-seidel".
+            cuda_graphs: on a GPU, run sequential blocks and sweeps over the whole sequence as CUDA graphs, recorded at
+                the first call of a kind (batch size, guidance) and kept until a call without (see
+                `GSJacobiScheduler.set_cuda_graphs`). Elsewhere nothing changes.
             guidance_parameters: "ab", "a" (log-scale only) or "b" (shift only).
             attention_temperature: attention temperature of the weaker branch; what guides a model without classes.
             annealed_guidance: the guidance weight grows linearly over the tokens of a block.
@@ -211,7 +224,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
         total = len(ids)
         self.check_inputs(
             total, num_images_per_prompt, denoise_strength, strategy, sweeps, modules, tolerance, guess,
-            bfloat16_sweeps, generator, latents, output_type, callback_inputs,
+            bfloat16_sweeps, cuda_graphs, generator, latents, output_type, callback_inputs,
         )  # fmt: skip
         FlowGuidance(guidance_scale - 1.0, guidance_parameters, attention_temperature, annealed_guidance)
         self._guidance_scale = guidance_scale
@@ -219,6 +232,7 @@ class TarFlowPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):
 
         device, count = self._execution_device, len(self.transformer.blocks)
         class_labels = torch.tensor(ids, device=device) if self.num_classes else None
+        self.scheduler.set_cuda_graphs(cuda_graphs)
         self.scheduler.set_timesteps(count, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the planner used seeds from 1000000 on")
     parser.add_argument("--methods", choices=("all", "fixed", "planned"), default="all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cuda-graphs", action="store_true", help="sequential blocks as CUDA graphs, on both sides")
+    parser.add_argument("--cuda-graphs", action="store_true", help="loops and sweeps as CUDA graphs, on all sides")
     parser.add_argument("--tf32", action="store_true", help="float32 products of a GPU in TF32, on both sides")
     parser.add_argument("--features", choices=("enet-lite0", "random-conv", "none"), default="none")
 

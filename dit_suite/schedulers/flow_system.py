@@ -193,7 +193,8 @@ def estimated_error(change: torch.Tensor, previous: torch.Tensor | None) -> torc
     """What is left after a sweep, judged by its change and that of the sweep before (Aitken's geometric estimate).
 
     If every sweep shrinks the error by r, the change c of a sweep leaves c * r / (1 - r). After a first sweep, which
-    has no ratio, the change itself is returned: an upper bound as long as r is at most 1/2.
+    has no ratio (`previous` is None or negative), the change itself is returned: an upper bound as long as r is at most
+    1/2.
 
     The rounding of a bfloat16 sweep is in no change before the next one, so that no sample may stop after it. The
     change of the float32 sweep that follows holds it: an error of the iterate before like any other, which this sweep
@@ -202,7 +203,7 @@ def estimated_error(change: torch.Tensor, previous: torch.Tensor | None) -> torc
     if previous is None:
         return change
     ratio = (change / previous.clamp(min=torch.finfo(change.dtype).tiny)).clamp(max=SLOWEST)
-    return change * ratio / (1.0 - ratio)
+    return torch.where(previous < 0, change, change * ratio / (1.0 - ratio))
 
 
 def first_iterate(system: FlowSystem, guess: str) -> torch.Tensor:

@@ -28,6 +28,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from dit_suite.models.tarflow import LayerCache, TarFlowBlock, TarFlowModel
+from dit_suite.schedulers.flow_graphs import FlowGraphs, SolverState
 from dit_suite.schedulers.flow_system import (
     DIVERGED,
     BlockTrace,
@@ -40,7 +41,6 @@ from dit_suite.schedulers.flow_system import (
     never,
     why_not_bfloat16,
 )
-from dit_suite.schedulers.sequential_graph import SequentialGraphs
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
 
@@ -61,9 +61,83 @@ def solve_sequential(system: FlowSystem, trace: BlockTrace, watch: Watch) -> tor
     return found
 
 
-def _substitute(system: FlowSystem) -> torch.Tensor:
+def _substitute(system: FlowSystem, state: SolverState) -> None:
     """`solve_sequential` unwatched, to be recorded."""
-    return solve_sequential(system, BlockTrace(system.latents), Watch())
+    state.found.copy_(solve_sequential(system, BlockTrace(system.latents), Watch()))
+
+
+def _renew(
+    system: FlowSystem,
+    rows: torch.Tensor,
+    start: int,
+    end: int,
+    caches: list | None,
+    active: torch.Tensor | None,
+    bfloat16: bool,
+    clamp: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """New values of the tokens `start + 1 .. end` of `rows`, the sums of their squared changes, and which went wild."""
+    new, old = system.update(rows[:, start:end], start, caches, active, bfloat16), rows[:, start + 1 : end + 1]
+    if clamp is not None:
+        new = new.clamp(-clamp, clamp)
+    # A wild iterate falls back to its latent, so that it can't spread through masked attention as NaN.
+    sane = new.abs() < DIVERGED
+    latents = system.latents if active is None else system.latents.index_select(0, active)
+    new = torch.where(sane, new, latents[:, start + 1 : end + 1])
+    return new, (new - old).square().sum(dim=(1, 2)), ~sane.flatten(1).all(dim=1)
+
+
+def _clamp_first_token(found: torch.Tensor, clamp: float) -> torch.Tensor:
+    """Pure Jacobi of the reference clamps token 0 as well; only the first sweep can change it."""
+    first = found[:, :1]
+    clamped = first.clamp(-clamp, clamp)
+    change = (clamped - first).square().sum(dim=(1, 2))
+    found[:, :1] = clamped
+    return change
+
+
+def _unfinished(
+    system: FlowSystem,
+    change: torch.Tensor,
+    previous: torch.Tensor | None,
+    length: int,
+    tolerance: float | torch.Tensor,
+    stopping: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Who is not within `tolerance` after a sweep over `length` tokens, and the root mean square changes."""
+    token_dim = system.latents.shape[2]
+    rms = (change / (length * token_dim)).sqrt()
+    if stopping == "batch":
+        going = change.sum().sqrt() / (system.batch * token_dim) > tolerance
+        return going.expand(system.batch), rms
+    return estimated_error(rms, previous) > tolerance, rms
+
+
+def _sweep_held(system: FlowSystem, state: SolverState, bfloat16: bool, clamp: float | None, stopping: str) -> None:
+    """One sweep over the whole sequence and batch, to be recorded; who has finished keeps what it has."""
+    last, going = system.length - 1, state.going
+    new, change, wild = _renew(system, state.found, 0, last, None, None, bfloat16, clamp)
+    state.found[:, 1:] = torch.where(going[:, None, None], new, state.found[:, 1:])
+    # No `where` with a number: it would be copied from the host, which can't be recorded.
+    state.change.copy_(change.masked_fill(~going, 0.0))
+    if clamp is not None:
+        state.change.add_(_clamp_first_token(state.found, clamp))
+    state.diverged.copy_(torch.where(going, wild, state.diverged))
+    state.sweeps.add_(going)
+    unfinished, rms = _unfinished(system, state.change, state.previous, last, state.tolerance, stopping)
+    state.previous.copy_(rms)
+    if not bfloat16:
+        going.copy_(going & (unfinished | state.diverged))
+    state.remaining.copy_(going.sum())
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """Where a module stands: sweeps done, the samples that go on (None: all), their changes before."""
+
+    done: int = 0
+    active: torch.Tensor | None = None
+    previous: torch.Tensor | None = None
 
 
 class _Sweeper:
@@ -94,16 +168,7 @@ class _Sweeper:
         """Updates the tokens `start + 1 .. end` of the `active` samples; returns their sums of squared changes."""
         found, first = self.found, start + 1
         rows = found if active is None else found.index_select(0, active)
-        new = self.system.update(rows[:, start:end], start, caches, active, bfloat16)
-        old = rows[:, first : end + 1]
-        if self.clamp is not None:
-            new = new.clamp(-self.clamp, self.clamp)
-        # A wild iterate falls back to its latent, so that it can't spread through masked attention as NaN.
-        sane = new.abs() < DIVERGED
-        latents = self.system.latents if active is None else self.system.latents.index_select(0, active)
-        new = torch.where(sane, new, latents[:, first : end + 1])
-        change = (new - old).square().sum(dim=(1, 2))
-        wild = ~sane.flatten(1).all(dim=1)
+        new, change, wild = _renew(self.system, rows, start, end, caches, active, bfloat16, self.clamp)
         if active is None:
             found[:, first : end + 1] = new
             self.diverged, everyone = wild, change
@@ -112,56 +177,85 @@ class _Sweeper:
             self.diverged[active] = wild
             everyone = change.new_zeros(self.system.batch).index_copy(0, active, change)
         if self.clamp is not None and self.whole:
-            everyone = everyone + self._clamp_first_token()
-        self.trace.residuals.append(everyone)
-        self.trace.modules.append(module)
-        self.trace.covered.append(end - start)
-        self.trace.calls += 1
-        self.trace.bfloat16_calls += bfloat16
+            everyone = everyone + _clamp_first_token(found, self.clamp)
         self.trace.sweeps += 1 if active is None else torch.zeros_like(self.trace.sweeps).index_fill(0, active, 1)
-        self.watch.progress(1)
+        self.book(everyone, module, end - start, bfloat16)
         return everyone
 
-    def _clamp_first_token(self) -> torch.Tensor:
-        """Pure Jacobi of the reference clamps token 0 as well; only the first sweep can change it."""
-        first = self.found[:, :1]
-        clamped = first.clamp(-self.clamp, self.clamp)
-        change = (clamped - first).square().sum(dim=(1, 2))
-        self.found[:, :1] = clamped
-        return change
+    def book(self, change: torch.Tensor, module: int, covered: int, bfloat16: bool) -> None:
+        """Notes a sweep in the trace, but for the samples that took part."""
+        self.trace.residuals.append(change)
+        self.trace.modules.append(module)
+        self.trace.covered.append(covered)
+        self.trace.calls += 1
+        self.trace.bfloat16_calls += bfloat16
+        self.watch.progress(1)
+
+
+def _sweep_recorded(
+    sweeper: _Sweeper, graphs: FlowGraphs, budget: int, tolerance: float, stopping: str, bfloat16_sweeps: int
+) -> _Standing:
+    """The sweeps of a single module as graphs: one launch each, and where samples may stop one wait for their number.
+
+    Shapes are fixed, so that the batch does not shrink: finished samples are computed along and keep what they have.
+    That costs arithmetic and saves launches. Once fewer than half of the samples go on, their sweeps are left to
+    `_solve_modules`, which computes nobody else.
+    """
+    system, trace, watch = sweeper.system, sweeper.trace, sweeper.watch
+    held, done, few = graphs.block(system), 0, False
+    state = held.state
+    state.begin(sweeper.found, tolerance)
+    while done < budget and not few:
+        if watch.should_stop():
+            trace.interrupted = True
+            break
+        done += 1
+        bfloat16 = done <= bfloat16_sweeps
+        part = partial(_sweep_held, bfloat16=bfloat16, clamp=sweeper.clamp, stopping=stopping)
+        held.run(("sweep", bfloat16, sweeper.clamp, stopping), part)
+        sweeper.book(state.change.clone(), 0, system.length - 1, bfloat16)
+        if done == budget or tolerance < 0 or bfloat16:
+            continue
+        remaining = int(state.remaining)
+        if remaining == 0:
+            watch.progress(budget - done)
+            done = budget
+        few = 2 * remaining < system.batch
+    sweeper.found.copy_(state.found)
+    sweeper.diverged.copy_(state.diverged)
+    trace.sweeps.copy_(state.sweeps)
+    active = state.going.nonzero().flatten() if done < budget else None
+    return _Standing(done, active, state.previous.clone())
 
 
 def _solve_modules(
-    sweeper: _Sweeper, calls: list[tuple[int, int, int]], tolerance: float, stopping: str, bfloat16_sweeps: int
+    sweeper: _Sweeper,
+    calls: list[tuple[int, int, int]],
+    tolerance: float,
+    stopping: str,
+    bfloat16_sweeps: int,
+    standing: _Standing,
 ) -> None:
     """Module after module; a sample whose estimated error is within `tolerance` takes no part in its later sweeps.
 
-    The first `bfloat16_sweeps` of each module run in bfloat16; no sample leaves before a sweep in float32.
+    The first `bfloat16_sweeps` of each module run in bfloat16; no sample leaves before a sweep in float32. The first
+    module goes on from `standing`.
     """
     system, wild = sweeper.system, torch.zeros_like(sweeper.diverged)
-    token_dim = system.latents.shape[2]
     position = 0
     while position < len(calls):
         start, end, module = calls[position]
         budget = sum(1 for call in calls if call[2] == module)
         position += budget
-        active: torch.Tensor | None = None
-        previous: torch.Tensor | None = None
-        caches = sweeper.caches
-        for done in range(1, budget + 1):
+        active, previous, caches = standing.active, standing.previous, sweeper.caches
+        for done in range(standing.done + 1, budget + 1):
             if sweeper.watch.should_stop():
                 sweeper.trace.interrupted = True
                 return
             change = sweeper.sweep(start, end, module, active, caches, done <= bfloat16_sweeps)
             if done == budget or tolerance < 0:
                 continue
-            if stopping == "batch":
-                going = change.sum().sqrt() / (system.batch * token_dim) > tolerance
-                going = going.expand(system.batch)
-            else:
-                rms = (change / ((end - start) * token_dim)).sqrt()
-                going = estimated_error(rms, previous) > tolerance
-                previous = rms
+            going, previous = _unfinished(system, change, previous, end - start, tolerance, stopping)
             if done <= bfloat16_sweeps:
                 continue
             going = going | sweeper.diverged
@@ -177,7 +271,7 @@ def _solve_modules(
                 rows = system.rows(active)
                 caches = None if caches is None else [cache.rows(rows) for cache in sweeper.caches]
         _store(sweeper.caches, caches, system, active, start, end)
-        wild = wild | sweeper.diverged
+        wild, standing = wild | sweeper.diverged, _Standing()
         sweeper.diverged = torch.zeros_like(wild)
     sweeper.diverged = wild
 
@@ -256,13 +350,21 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
             )
             self.strategies = tuple(BlockStrategy(*row) for row in zip(*columns, strict=True))
         self.timesteps = torch.zeros(0, dtype=torch.int64)
-        self._graphs: SequentialGraphs | None = None
+        self._graphs: FlowGraphs | None = None
 
     def set_cuda_graphs(self, enabled: bool) -> None:
-        """On a GPU, run the loop of a sequential block as one CUDA graph, recorded at the first batch of a kind (same
-        blocks, batch size and guidance). Progress and interruption then go by whole blocks. Weights must stay where
-        they are: not with offloading. Elsewhere nothing changes."""
-        self._graphs = SequentialGraphs(_substitute) if enabled else None
+        """On a GPU, run the loop of a sequential block as one CUDA graph, and every sweep of a block that is one module
+        as another. Elsewhere, and for several modules, nothing changes.
+
+        They are recorded at the first batch of a kind (same blocks, batch size and guidance) and kept until one of
+        another kind comes or this is turned off. Progress and interruption of a sequential block then go by the whole
+        block. Hooks do not run, so weights must stay where they are: not with offloading. Precision flags of torch and
+        adapters of the blocks are those of the recording: turn this off and on again after changing them.
+        """
+        if not enabled:
+            self._graphs = None
+        elif self._graphs is None:
+            self._graphs = FlowGraphs()
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """One step per block: `timesteps` are the block indices in sampling order, B - 1 .. 0."""
@@ -346,17 +448,25 @@ class GSJacobiScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """The tokens in image order; runs inside the block's forward."""
         system = FlowSystem(block, sample, class_labels, guidance)
+        graphs = self._graphs
+        if graphs is not None and sample.device.type != graphs.device_type:
+            graphs = None
         if strategy.is_sequential(system.length):
-            if self._graphs is None or not sample.is_cuda or watch.should_stop():
+            if graphs is None or watch.should_stop():
                 return block.order(solve_sequential(system, trace, watch))
-            found = self._graphs(system)
+            held = graphs.block(system)
+            held.run(("sequential",), _substitute)
             trace.calls += system.length - 1
             watch.progress(system.length - 1)
-            return block.order(found)
+            return block.order(held.state.found.clone())
         sweeper, reduced = _Sweeper(system, strategy, self.config.clamp, trace, watch), strategy.bfloat16_sweeps
         if reduced and (reason := why_not_bfloat16(sample.device, block.proj_in.weight.dtype)):
             trace.note, reduced = f"all sweeps ran in the dtype of the weights: {reason}", 0
-        _solve_modules(sweeper, strategy.calls(system.length), limit, self.config.stopping, reduced)
+        stopping, standing = self.config.stopping, _Standing()
+        if graphs is not None and sweeper.whole:
+            standing = _sweep_recorded(sweeper, graphs, strategy.sweeps, limit, stopping, reduced)
+        if not trace.interrupted:
+            _solve_modules(sweeper, strategy.calls(system.length), limit, stopping, reduced, standing)
         found = sweeper.found
         if bool(sweeper.diverged.any()) and not trace.interrupted:
             found = self._solve_again(block, sample, class_labels, guidance, sweeper, trace)
