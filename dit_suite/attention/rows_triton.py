@@ -49,17 +49,18 @@ def _kernel() -> Callable:
         source, index, out, count, groups, heads, sample_step, head_step, row_step,
         dim: tl.constexpr, padded_dim: tl.constexpr, rows: tl.constexpr,
     ):  # fmt: skip
-        program = tl.program_id(0).to(tl.int64)
+        program = tl.program_id(0)
         group = program % groups
-        numbers = program // groups * rows + tl.arange(0, rows)
+        sample, head = (group // heads).to(tl.int64), (group % heads).to(tl.int64)
+        numbers = (program // groups).to(tl.int64) * rows + tl.arange(0, rows)
         present = numbers < count
         picked = tl.load(index + numbers, mask=present, other=0)
         # Steps count eights of numbers: so the compiler sees that every row begins at a multiple of 16 bytes.
-        starts = (group // heads * sample_step + group % heads * head_step + picked * row_step) * 8
+        starts = (sample * sample_step + head * head_step + picked * row_step) * 8
         dims = tl.arange(0, padded_dim)
         mask = present[:, None] & (dims < dim)[None, :]
         values = tl.load(source + starts[:, None] + dims[None, :], mask=mask)
-        tl.store(out + (group * count + numbers)[:, None] * dim + dims[None, :], values, mask=mask)
+        tl.store(out + (group.to(tl.int64) * count + numbers)[:, None] * dim + dims[None, :], values, mask=mask)
 
     return gather_rows_kernel
 
