@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dit_suite.attention.rows_triton import take_rows
+
 Grid = tuple[int, int, int]
 
 
@@ -42,17 +44,26 @@ class Partition:
         return self.boundaries.diff()
 
     @functools.cached_property
+    def pairs_within(self) -> int:
+        """Pairs of tokens of one block, over all blocks."""
+        return int(self.sizes.square().sum())
+
+    @functools.cached_property
     def block_of_token(self) -> torch.Tensor:
         """Block number of each token in block order, int64 `(tokens,)`, on the device of `order`."""
         return torch.arange(self.num_blocks).repeat_interleave(self.sizes).to(self.order.device)
 
     def permute(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """Brings the token dimension of `tensor` into block order."""
-        return tensor.index_select(dim, self.order)
+        return _take(tensor, dim, self.order)
 
     def restore(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
         """Brings the token dimension back to (t, y, x) order."""
-        return tensor.index_select(dim, self.inverse)
+        return _take(tensor, dim, self.inverse)
+
+
+def _take(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    return take_rows(tensor, index) if dim == tensor.ndim - 2 else tensor.index_select(dim, index)
 
 
 def _check_grid(grid: Grid) -> Grid:
@@ -71,6 +82,7 @@ def _from_block_ids(ids: torch.Tensor) -> Partition:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept: a later backward pass may save it
 def partition(grid: Grid, block: float | tuple[int, ...]) -> Partition:
     """VMoBA's block partition (paper section 3.2, equations 1 and 2).
 
@@ -101,16 +113,25 @@ def partition(grid: Grid, block: float | tuple[int, ...]) -> Partition:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept: a later backward pass may save it
 def partition_on(grid: Grid, block: float | tuple[int, ...], device: torch.device) -> Partition:
     """`partition` with its permutations on a device, copied there once."""
     parts = partition(grid, block)
     return Partition(parts.order.to(device), parts.inverse.to(device), parts.boundaries)
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept: a later backward pass may save it
+def sizes_on(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Sizes of blocks on a device, int64 `(blocks,)`, copied there once: such a copy waits for all that runs there."""
+    return torch.tensor(sizes).to(device)
+
+
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+@functools.lru_cache(maxsize=64)
 def auto_block(grid: Grid, kind: int, target_blocks: int) -> float | tuple[int, ...]:
     """Block sides of a kind (1, 2 or 3 dimensions) whose block count comes closest to `target_blocks`.
 
@@ -137,6 +158,7 @@ def auto_block(grid: Grid, kind: int, target_blocks: int) -> float | tuple[int, 
     return tuple(max(1, min(axis, round(shrink))) for axis in axes)
 
 
+@functools.lru_cache(maxsize=64)
 def auto_tile(grid: Grid, block_size: int) -> tuple[int, int, int]:
     """A (frames, rows, columns) tile of `block_size` tokens, longest in time.
 

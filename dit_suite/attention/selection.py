@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from dit_suite.attention.partition import sizes_on
+
 SELECT_MODES = ("topk", "threshold")
 POOLS = ("query_head", "head_global", "overall", "block")
 _EPS = 1e-6
@@ -26,13 +28,14 @@ def block_means(key: torch.Tensor, boundaries: torch.Tensor) -> torch.Tensor:
     """
     dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
     sizes = boundaries.diff()
-    batch, heads, _, dim = key.shape
+    batch, heads, tokens, dim = key.shape
     size = int(sizes[0])
     if bool((sizes == size).all()):
         return key.view(batch, heads, -1, size, dim).mean(3, dtype=dtype)
-    blocks = torch.arange(sizes.shape[0]).repeat_interleave(sizes).to(key.device)
+    sizes = sizes_on(tuple(sizes.tolist()), key.device)
+    blocks = torch.arange(sizes.shape[0], device=key.device).repeat_interleave(sizes, output_size=tokens)
     sums = torch.zeros(batch, heads, sizes.shape[0], dim, dtype=dtype, device=key.device)
-    return sums.index_add_(2, blocks, key.to(dtype)) / sizes.to(key.device, dtype)[:, None]
+    return sums.index_add_(2, blocks, key.to(dtype)) / sizes.to(dtype)[:, None]
 
 
 def block_gate(query: torch.Tensor, means: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ _KEYS = 1 << _BITS
 _SIGN = _KEYS >> 1
 _CHUNK_SCORES = 1 << 26
 _HALF = (torch.float16, torch.bfloat16)
+_RANKED_BLOCKS = 128
 
 
 def chunked_unavailable(query: torch.Tensor) -> str | None:
@@ -71,6 +72,23 @@ def _topk_chunk(query: torch.Tensor, means: torch.Tensor, own: torch.Tensor, k: 
     return scores.topk(k, dim=-1, sorted=False).indices
 
 
+def _rank_chunk(query: torch.Tensor, means: torch.Tensor, own: torch.Tensor, k: int) -> torch.Tensor:
+    """`_topk_chunk` of half-precision scores by counting, best first; of equal scores the lower block.
+
+    A key holds the score and the block, so that no two are equal; the rank of a block is the number of keys above its
+    own. The work grows with the square of the blocks, but comparing and counting is one compiled kernel, which never
+    holds the pairs of blocks; `topk` stays a kernel of its own for one row at a time. Not compiled it does hold them.
+    """
+    number = means.shape[-2]
+    blocks = torch.arange(number, device=query.device, dtype=torch.int32)
+    keys = order_keys(torch.matmul(query, means.transpose(-1, -2))) * number + (number - 1 - blocks)
+    # A scatter writes to memory, so that the count below reads finished keys and does not make each of them again.
+    keys = keys.scatter(-1, own[:, None].expand(*keys.shape[:-1], 1), -1)
+    ranks = (keys[..., None, :] > keys[..., None]).sum(-1, dtype=torch.int32)
+    chosen = ranks[..., None, :] == torch.arange(k, device=query.device, dtype=torch.int32)[:, None]
+    return torch.where(chosen, blocks, 0).sum(-1)
+
+
 @torch.no_grad()
 def foreign_topk(
     query: torch.Tensor,
@@ -83,7 +101,8 @@ def foreign_topk(
     """The `k` best foreign blocks of every token and head, without ever holding the whole gate.
 
     The default path of top-k per query. With `compiled` the scores, the own-block mask and the top-k of a chunk are one
-    compiled region; half-precision queries are multiplied in half precision, which can swap near-equal blocks.
+    compiled region; half-precision queries are multiplied in half precision, which can swap near-equal blocks. Up to
+    128 blocks such a region counts ranks instead of calling torch's top-k.
 
     Args:
         query: `(batch, heads, tokens, head_dim)` in block order.
@@ -102,8 +121,9 @@ def foreign_topk(
     chunk = chunk or chunk_length(query, means.shape[-2])
     dtype = query.dtype if compiled else means.dtype
     means = means.to(dtype)
+    best = _rank_chunk if compiled and dtype in _HALF and means.shape[-2] <= _RANKED_BLOCKS else _topk_chunk
     parts = [
-        run(_topk_chunk, q.to(dtype), means, block, k)
+        run(best, q.to(dtype), means, block, k)
         for q, block in zip(query.split(chunk, dim=2), own.split(chunk), strict=True)
     ]
     return torch.cat(parts, dim=2)

@@ -96,9 +96,10 @@ class VMoBAConfig(Options):
 
     def block(self, grid: Grid, kind: int) -> float | tuple[int, ...]:
         """Block sides of a kind on a grid."""
+        grid = tuple(grid)
         given = {1: self.block_1d, 2: self.block_2d, 3: self.block_3d}[kind]
-        if given is None and tuple(grid) in _PAPER_BLOCKS:
-            return _PAPER_BLOCKS[tuple(grid)][KINDS.index(kind)]
+        if given is None and grid in _PAPER_BLOCKS:
+            return _PAPER_BLOCKS[grid][KINDS.index(kind)]
         most = max(_FEWEST_BLOCKS, math.prod(grid) // _TOKENS_PER_BLOCK)
         return auto_block(grid, kind, min(_TARGET_BLOCKS[kind], most)) if given is None else given
 
@@ -162,13 +163,14 @@ def vmoba_attention(
     parts = partition_on(tuple(grid), config.block(grid, kind), query.device)
     query, key, value = (parts.permute(t, 2) for t in (query, key, value))
     pairs = select(query.detach(), key.detach(), parts, config, kind)
+    scores = pairs.scores(parts.sizes) if counter is not None else None
     out, lse = attend_pairs(query, key, value, parts, pairs, scale, config.empty_selection)
     if counter is not None:
         full = config.empty_selection == "full" and pairs.total == 0
-        own = query.shape[0] * query.shape[1] * int((parts.sizes**2).sum())
+        own = query.shape[0] * query.shape[1] * parts.pairs_within
         counter.calls += 1
         counter.dense_pairs += query.shape[0] * query.shape[1] * query.shape[2] ** 2
-        counter.pairs += counter.dense_pairs if full else own + pairs.scores(parts.sizes)
+        counter.pairs += counter.dense_pairs if full else own + scores()
         counter.backend = "varlen" if varlen_available(query) else "loop"
     out = parts.restore(out, 2)
     return (out, parts.restore(lse, 2)) if return_lse else out

@@ -5,15 +5,37 @@ with the merged output and the merged log-sum-exp, so that both kinds of pairs s
 """
 
 import functools
-from collections.abc import Iterator
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from dit_suite.attention.backend_flash4 import flash4_varlen, flash4_varlen_unavailable
-from dit_suite.attention.compiling import compiler_missing, run_compiled
+from dit_suite.attention.compiling import run_compiled
 from dit_suite.attention.merge import accumulation_dtype, attention_with_lse, flash_takes
+from dit_suite.attention.partition import sizes_on
+from dit_suite.attention.rows_triton import take_rows
+
+
+def read_later(number: torch.Tensor) -> Callable[[], int]:
+    """Starts to copy a number off its device; the call that comes back waits for that copy only.
+
+    What is launched in between runs on, so that the device has work while the host waits and launches the next.
+    """
+    if number.device.type != "cuda":
+        return lambda: int(number)
+    copied, done = number.to("cpu", non_blocking=True), torch.cuda.Event()
+    done.record(torch.cuda.current_stream(number.device))
+
+    def read() -> int:
+        done.synchronize()
+        return int(copied)
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -38,11 +60,12 @@ class PairLists:
     def total(self) -> int:
         return self.rows.shape[0]
 
-    def scores(self, sizes: torch.Tensor) -> int:
-        """Query-key scores of all pairs, given the block sizes."""
+    def scores(self, sizes: torch.Tensor) -> Callable[[], int]:
+        """Query-key scores of all pairs, given the block sizes on the CPU: see `read_later`."""
         if bool((sizes == sizes[0]).all()):
-            return self.total * int(sizes[0])
-        return int((self.counts.view(-1, sizes.shape[0]) * sizes.to(self.counts.device)).sum())
+            return lambda: self.total * int(sizes[0])
+        per_block = self.counts.view(-1, sizes.shape[0])
+        return read_later((per_block * sizes_on(tuple(sizes.tolist()), self.counts.device)).sum())
 
 
 def pairs_from_mask(mask: torch.Tensor) -> PairLists:
@@ -104,8 +127,8 @@ def _own_attention(
 
 
 def compiles(query: torch.Tensor) -> bool:
-    """Whether steps around these tensors run compiled: half precision on CUDA, with a compiler."""
-    return query.device.type == "cuda" and compiler_missing() is None
+    """Whether steps around these tensors go to torch's compiler, which runs them plainly where it is switched off."""
+    return query.device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def varlen_available(query: torch.Tensor) -> bool:
@@ -134,17 +157,27 @@ def _varlen(
     return out[:, 0], lse.reshape(-1)[: query.shape[0]]
 
 
-def _block_edges(rows: int, boundaries: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Where the blocks of all heads begin in `rows` flat rows, and the end: int32 `(experts + 1,)`."""
-    first = torch.arange(0, rows, int(boundaries[-1]))[:, None] + boundaries[:-1]
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept: a later backward pass may save it
+def _edges_on(rows: int, edges: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    first = torch.arange(0, rows, edges[-1])[:, None] + torch.tensor(edges[:-1])
     return torch.cat([first.flatten(), torch.tensor([rows])]).to(device, torch.int32)
+
+
+def _block_edges(rows: int, boundaries: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, int]:
+    """Where the blocks of all heads begin in `rows` flat rows, and the end: int32 `(experts + 1,)`; the longest block.
+
+    A copy to a GPU waits for all that runs there, so it is made once.
+    """
+    edges = tuple(boundaries.tolist())
+    return _edges_on(rows, edges, device), max(b - a for a, b in itertools.pairwise(edges))
 
 
 def _own_varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Every token over its own block, `(rows, dim)`: all blocks of all heads in one call."""
-    edges, longest = _block_edges(query.shape[0], boundaries, query.device), int(boundaries.diff().max())
+    edges, longest = _block_edges(query.shape[0], boundaries, query.device)
     return _varlen(query, key, value, edges, edges, longest, longest, scale)
 
 
@@ -155,12 +188,16 @@ def _foreign_varlen(
     boundaries: torch.Tensor,
     pairs: PairLists,
     scale: float,
+    most: Callable[[], int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All experts in one variable-length call (CUDA, half precision); pairs in the order of `pairs.rows`."""
-    starts = torch.cat([pairs.counts.new_zeros(1), pairs.counts.cumsum(0)]).to(torch.int32)
-    edges, longest = _block_edges(query.shape[0], boundaries, query.device), int(boundaries.diff().max())
-    chosen = query.index_select(0, pairs.rows)
-    return _varlen(chosen, key, value, starts, edges, int(pairs.counts.max()), longest, scale)
+    """All experts in one variable-length call (CUDA, half precision); pairs in the order of `pairs.rows`.
+
+    `most` tells the largest of `pairs.counts`; it may wait for them.
+    """
+    chosen = take_rows(query, pairs.rows)
+    starts = F.pad(pairs.counts.cumsum(0, dtype=torch.int32), (1, 0))
+    edges, longest = _block_edges(query.shape[0], boundaries, query.device)
+    return _varlen(chosen, key, value, starts, edges, most(), longest, scale)
 
 
 def _foreign_loop(
@@ -294,12 +331,13 @@ class PairAttention(torch.autograd.Function):
         flat_q, flat_k, flat_v = (t.reshape(-1, dim) for t in (q, k, v))
         in_one_call = varlen_available(query)
         if in_one_call:
+            most = read_later(pairs.counts.max()) if pairs.total else None
             out, lse = _own_varlen(flat_q, flat_k, flat_v, boundaries, scale)
         else:
             out, lse = _own_attention(q, k, v, boundaries, scale)
             out, lse = out.reshape(-1, dim), lse.reshape(-1)
         if pairs.total:
-            foreign = _foreign_varlen if in_one_call else _foreign_loop
+            foreign = functools.partial(_foreign_varlen, most=most) if in_one_call else _foreign_loop
             part, part_lse = foreign(flat_q, flat_k, flat_v, boundaries, pairs, scale)
             if pairs.places is None:
                 out, lse = _merge(out, lse, part, part_lse, pairs.rows)

@@ -1,12 +1,13 @@
 """Sparse attention at the sizes people run: full-width layers with random weights on one CUDA device.
 
 The dense side is torch's cuDNN attention. `layer` rows time the attention of one layer; `model` rows time a forward of
-a few full-width layers, so the embeddings weigh more than they do in the whole network. Nothing here has been run on a
-GPU yet.
+a few full-width layers, so the embeddings weigh more than they do in the whole network.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from dit_suite.attention.merge import attention_with_lse
 from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod
 from dit_suite.attention.plugin import SparseAttentionHandle, self_attention_layers
 from dit_suite.attention.vmoba import VMoBAConfig
-from dit_suite.benchmarks.sparse_kernels import interleaved, median_ratio, random_table, vmoba_runs
+from dit_suite.benchmarks.sparse_kernels import interleaved, median_ratio, one_line, random_table, vmoba_runs
 from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 
 # Name, (frames, rows, columns) of tokens, heads; head_dim is 128 in both.
@@ -31,6 +32,7 @@ SHAPES = (
     ("hunyuan 720p", (33, 45, 80), 24),
 )
 _BLOCK, _DIM = 128, 128
+_DENSE = "dense cuDNN"
 
 
 def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -38,13 +40,37 @@ def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
         return F.scaled_dot_product_attention(query, key, value)
 
 
+def _timed_rows(
+    what: str,
+    tokens: int,
+    runs: dict[str, Callable[[], Any]],
+    repeats: int,
+    around: Mapping[str, Callable[[], AbstractContextManager]] = MappingProxyType({}),
+    failed: Mapping[str, str] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """A row per method, timed in turn; a method that fails (or did, see `failed`) has its message in place of times."""
+    failed = dict(failed)
+    times = interleaved(runs, repeats, around, failed)
+    rows = []
+    for method in runs:
+        row = {"part": "gpu", "what": what, "tokens": tokens, "method": method}
+        if method in failed:
+            row["error"] = failed[method]
+        else:
+            row["ms"] = sorted(t[0] for t in times[method])[repeats // 2] * 1e3
+            if _DENSE in times:
+                row["step_speedup"] = median_ratio(times[_DENSE], times[method], 0)
+        rows.append(row)
+    return rows
+
+
 def _layer_rows(name: str, grid: tuple[int, int, int], heads: int, repeats: int) -> list[dict[str, Any]]:
     tokens = grid[0] * grid[1] * grid[2]
     query, key, value = (torch.randn(1, heads, tokens, _DIM, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    lse = attention_with_lse(query, key, value)[1].float()
+    lse = functools.cache(lambda: attention_with_lse(query, key, value)[1].float())
     runs: dict[str, Callable[[], Any]] = {
-        "dense cuDNN": lambda: _cudnn(query, key, value),
-        "search": lambda: block_mass(query, key, lse, _BLOCK),
+        _DENSE: lambda: _cudnn(query, key, value),
+        "search": lambda: block_mass(query, key, lse(), _BLOCK),
     }
     backend = choose_backend(query, key, _BLOCK).name
     for density in (0.1, 0.2, 0.3):
@@ -54,18 +80,7 @@ def _layer_rows(name: str, grid: tuple[int, int, int], heads: int, repeats: int)
         )
     for label, config in (("", VMoBAConfig.training_free()), (" trained", VMoBAConfig.trained())):
         runs |= vmoba_runs(query, key, value, grid, config, label)
-    times = interleaved(runs, repeats)
-    return [
-        {
-            "part": "gpu",
-            "what": f"layer, {name}",
-            "tokens": tokens,
-            "method": method,
-            "ms": sorted(t[0] for t in taken)[len(taken) // 2] * 1e3,
-            "step_speedup": median_ratio(times["dense cuDNN"], taken, 0),
-        }
-        for method, taken in times.items()
-    ]
+    return _timed_rows(f"layer, {name}", tokens, runs, repeats)
 
 
 def _bf16(*shape: int) -> torch.Tensor:
@@ -123,32 +138,40 @@ def _model_rows(
         name: functools.partial(SparseAttentionHandle, model, method, keep_state=True)
         for name, method in methods.items()
     }
-    with around["adaspa sparsity 0.8"]():
-        forward(index=0)
-    times = interleaved({"dense cuDNN": forward} | dict.fromkeys(methods, forward), repeats, around)
-    return [
-        {
-            "part": "gpu",
-            "what": f"model, {len(self_attention_layers(model))} layers of {name}",
-            "tokens": grid[0] * grid[1] * grid[2],
-            "method": method,
-            "ms": sorted(t[0] for t in taken)[len(taken) // 2] * 1e3,
-            "step_speedup": median_ratio(times["dense cuDNN"], taken, 0),
-        }
-        for method, taken in times.items()
-    ]
+    searching, failed = "adaspa sparsity 0.8", {}
+    try:
+        with around[searching]():
+            forward(index=0)
+    except Exception as error:
+        failed[searching] = one_line(error)
+        print(f"{searching} failed: {failed[searching]}", flush=True)
+    what = f"model, {len(self_attention_layers(model))} layers of {name}"
+    runs = {_DENSE: forward} | dict.fromkeys(methods, forward)
+    return _timed_rows(what, grid[0] * grid[1] * grid[2], runs, repeats, around, failed)
 
 
 def gpu_rows(shapes: list[str], kinds: list[str], layers: int, repeats: int) -> list[dict[str, Any]]:
-    """Rows for every shape; needs CUDA. Rows are printed as they come: a run that is cut off has said what it found."""
+    """Rows for every shape; needs CUDA. Rows are printed as they come: a run that is cut off has said what it found.
+
+    A method that fails has a row with `error` in place of times; so has a shape whose layers or model cannot be built.
+    """
     rows: list[dict[str, Any]] = []
     for name, grid, heads in SHAPES:
         if name not in shapes:
             continue
-        found = _layer_rows(name, grid, heads, repeats) if "layer" in kinds else []
-        if "model" in kinds:
-            found += _model_rows(name, _hunyuan if name.startswith("hunyuan") else _wan, grid, layers, repeats)
-        for row in found:
-            print(row, flush=True)
-        rows += found
+        build = _hunyuan if name.startswith("hunyuan") else _wan
+        measures = {
+            "layer": functools.partial(_layer_rows, name, grid, heads, repeats),
+            "model": functools.partial(_model_rows, name, build, grid, layers, repeats),
+        }
+        for kind, measure in measures.items():
+            if kind not in kinds:
+                continue
+            try:
+                found = measure()
+            except Exception as error:
+                found = [{"part": "gpu", "what": f"{kind}, {name}", "method": "all", "error": one_line(error)}]
+            for row in found:
+                print(row, flush=True)
+            rows += found
     return rows

@@ -1,5 +1,6 @@
 """Kernels of block-sparse attention and the search pass, timed in turn with dense attention on one device."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,27 +20,47 @@ from dit_suite.attention.partition import Grid, partition_on
 from dit_suite.attention.vmoba import KINDS, VMoBAConfig, select, vmoba_attention
 
 
+def one_line(error: Exception) -> str:
+    """Kind and message of an error in at most 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def _timed(run: Callable[[], Any], around: Callable[[], AbstractContextManager]) -> tuple[float, float]:
+    cuda = torch.cuda.is_available()
+    with around():
+        if cuda:
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+
 def interleaved(
     runs: dict[str, Callable[[], Any]],
     repeats: int,
     around: Mapping[str, Callable[[], AbstractContextManager]] = MappingProxyType({}),
+    failed: dict[str, str] | None = None,
 ) -> dict[str, list[tuple[float, float]]]:
     """(wall, CPU) seconds of every run; the runs take turns, and one untimed turn warms up.
 
-    What `around` names for a run is entered around it and not timed.
+    What `around` names for a run is entered around it and not timed. Given `failed`, a run that raises is printed, put
+    there with its message and left out from then on; runs named there before are not tried. Without it the error
+    ends everything.
     """
-    cuda = torch.cuda.is_available()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs if name not in (failed or {})}
     for turn in range(repeats + 1):
-        for name, run in runs.items():
-            with around.get(name, nullcontext)():
-                if cuda:
-                    torch.cuda.synchronize()
-                wall, cpu = time.perf_counter(), time.process_time()
-                run()
-                if cuda:
-                    torch.cuda.synchronize()
-                taken = time.perf_counter() - wall, time.process_time() - cpu
+        for name in list(times):
+            try:
+                taken = _timed(runs[name], around.get(name, nullcontext))
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[name] = one_line(error)
+                print(f"{name} failed: {failed[name]}", flush=True)
+                del times[name]
+                continue
             if turn:
                 times[name].append(taken)
     return times
@@ -68,13 +89,13 @@ def cube_like(length: int) -> Grid:
 def vmoba_runs(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, config: VMoBAConfig, label: str = ""
 ) -> dict[str, Callable[[], Any]]:
-    """VMoBA's three kinds of layer, and what selection alone takes of each."""
+    """VMoBA's three kinds of layer, and what selection alone takes of each (the first call permutes its operands)."""
     runs: dict[str, Callable[[], Any]] = {}
     for layer, kind in enumerate(KINDS):
         parts = partition_on(grid, config.block(grid, kind), query.device)
-        in_order = [parts.permute(t, 2) for t in (query, key)]
+        in_order = functools.cache(lambda p=parts: [p.permute(t, 2) for t in (query, key)])
         runs[f"vmoba-{kind}d{label}"] = lambda i=layer: vmoba_attention(query, key, value, grid, config, i)
-        runs[f"vmoba-{kind}d-selection{label}"] = lambda qk=in_order, p=parts, n=kind: select(*qk, p, config, n)
+        runs[f"vmoba-{kind}d-selection{label}"] = lambda qk=in_order, p=parts, n=kind: select(*qk(), p, config, n)
     return runs
 
 

@@ -124,6 +124,23 @@ def test_runs_take_turns_each_inside_what_is_around_it():
     assert {name: len(taken) for name, taken in times.items()} == {"dense": 2, "sparse": 2}
 
 
+def test_a_run_that_fails_leaves_the_others(capsys):
+    turns = iter(range(9))
+
+    def fails_later():
+        if next(turns) == 1:
+            raise ValueError("out of\nluck")
+
+    failed = {"tried before": "ValueError: known"}
+    runs = {"dense": lambda: None, "later": fails_later, "tried before": lambda: 1 / 0, "last": lambda: None}
+    times = interleaved(runs, 3, failed=failed)
+    assert {name: len(taken) for name, taken in times.items()} == {"dense": 3, "last": 3} and next(turns) == 2
+    assert failed == {"tried before": "ValueError: known", "later": "ValueError: out of luck"}
+    assert capsys.readouterr().out == "later failed: ValueError: out of luck\n"
+    with pytest.raises(ZeroDivisionError):
+        interleaved(runs, 1)
+
+
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_the_probe_measures_the_weight_that_was_kept(share):
     """At a full budget it is 1; below, both ways to measure it (tables, log-sum-exp) lie between the share and 1."""

@@ -137,6 +137,27 @@ def test_every_step_compiles_as_one_graph(mode, pool, monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_ranks_are_those_of_a_stable_sort(dtype):
+    """Best first, of equal scores the lower block; 0.0 and -0.0 are equal, and a score of no number costs no slot."""
+    own = RAGGED.block_of_token
+    for largest in (1, 60):
+        query, means = _whole_numbers(largest, dtype)
+        query[0, 0, :50] *= -0.0
+        scores = selection.block_gate(query, means).float().transpose(-1, -2)
+        scores = scores.masked_fill(own[:, None] == torch.arange(12), float("-inf"))
+        best = scores.sort(dim=-1, descending=True, stable=True).indices
+        for k in (1, 3, 11):
+            assert torch.equal(selection_chunked._rank_chunk(query, means, own, k), best[..., :k])
+            chosen = selection_chunked.foreign_topk(query, means, own, k, chunk=13, compiled=False)
+            assert torch.equal(
+                scores.gather(-1, chosen).sort(dim=-1, descending=True).values, scores.gather(-1, best)[..., :k]
+            )
+    query[1] = float("nan")
+    chosen = selection_chunked._rank_chunk(query, means, own, 11).sort(dim=-1).values
+    assert torch.equal(chosen[1], best[0, :1, :, :11].sort(dim=-1).values.expand(3, -1, -1))
+
+
 class _Largest(TorchDispatchMode):
     """Bytes of the largest tensor made, by element size; masks of one byte and stored scores of two apart."""
 
@@ -196,6 +217,25 @@ def test_where_the_compiled_selection_runs():
         selection_chunked.foreign_mask(query, means, RAGGED.block_of_token, "topk", "query_head", 2, 0.5)
     with torch._dynamo.config.patch(disable=True):
         assert compiling.compiler_missing() is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("block", [(2, 8, 8), (3, 8, 10), (1, 8, 8)])
+def test_compiled_topk_of_each_query_on_a_gpu(block):
+    """100 and 60 blocks by counting, 200 by torch's top-k. Written without a GPU at hand; it has never run."""
+    parts = partition((8, 40, 40), block)
+    query, means = _whole_numbers(6, parts=parts, dim=64, device="cuda")
+    own = parts.block_of_token.cuda()
+    chosen = selection_chunked.foreign_topk(query, means, own, 9, chunk=5000, compiled=True)
+    scores = selection.block_gate(query, means).float().transpose(-1, -2)
+    scores = scores.masked_fill(own[:, None] == torch.arange(parts.num_blocks, device="cuda"), float("-inf"))
+    best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :9]
+    if parts.num_blocks <= 128:
+        assert torch.equal(chosen, best)
+    chosen = chosen.sort(dim=-1).values
+    assert (chosen.diff() > 0).all()
+    assert torch.equal(scores.gather(-1, chosen).sort(dim=-1).values, scores.gather(-1, best).sort(dim=-1).values)
 
 
 @pytest.mark.gpu
