@@ -13,7 +13,7 @@ from dit_suite.pipelines.pipeline_output import VideoPipelineOutput
 from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, check_positive, initial_noise
 from dit_suite.schedulers.diffusers_schedulers import step_arguments
 from dit_suite.schedulers.guidance import guide
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.step_plan import Run, StepContext, publish_step
 
 
 class ACDiTPipeline(ClassLabelsMixin, SamplingMixin, DiffusionPipeline):

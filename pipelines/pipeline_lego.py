@@ -18,7 +18,7 @@ from dit_suite.pipelines.sampling_mixins import (
 )
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
 from dit_suite.schedulers.guidance import guide_branches
-from dit_suite.schedulers.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
+from dit_suite.step_plan import PlannedStep, StepPlan, plan_steps, publish_step
 
 DIRECTIONS = ("auto", "early", "late")
 CANVASES = ("auto", "grid", "overlap", "drift")

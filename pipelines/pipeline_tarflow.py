@@ -13,8 +13,8 @@ from diffusers.utils import BaseOutput
 from dit_suite.models.tarflow import TarFlowModel
 from dit_suite.pipelines.sampling_mixins import ClassLabelsMixin, SamplingMixin, initial_noise
 from dit_suite.schedulers.gs_jacobi import BlockStrategy, BlockTrace, FlowGuidance, GSJacobiScheduler
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from dit_suite.schedulers.tarflow_strategy import GUESSES
+from dit_suite.step_plan import Run, StepContext, publish_step
 
 STRATEGIES = ("planned", "sequential", "jacobi", "gauss-seidel")
 DENOISE_ROWS = 16

@@ -35,7 +35,7 @@ from dit_suite.schedulers.diffusers_schedulers import (
 )
 from dit_suite.schedulers.guidance import guide_branches
 from dit_suite.schedulers.pt_dit_flow import flow_sigmas, resolution_warp
-from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
+from dit_suite.step_plan import StepPlan, plan_steps, publish_step
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 LEVELS = ("scheduler", "resolution")

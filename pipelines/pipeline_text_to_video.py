@@ -22,7 +22,7 @@ from dit_suite.pipelines.sampling_mixins import (
 )
 from dit_suite.schedulers.diffusers_schedulers import check_scheduler, step_arguments
 from dit_suite.schedulers.guidance import guide_branches
-from dit_suite.schedulers.step_plan import StepPlan, plan_steps, publish_step
+from dit_suite.step_plan import StepPlan, plan_steps, publish_step
 
 
 class TextToVideoPipeline(PromptMixin, SamplingMixin, DiffusionPipeline, WanLoraLoaderMixin):

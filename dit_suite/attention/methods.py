@@ -18,7 +18,7 @@ from dit_suite.attention.calls import AttentionCall
 from dit_suite.attention.merge import attention_with_lse
 from dit_suite.attention.partition import Partition, auto_tile, partition_on
 from dit_suite.attention.vmoba import VMoBAConfig, vmoba_attention
-from dit_suite.schedulers.step_plan import current_step
+from dit_suite.step_plan import current_step
 
 # Measured on a 2-core CPU: from half of the blocks on, gathering them costs as much as dense attention.
 _CPU_BREAK_EVEN = 0.5

@@ -29,7 +29,7 @@ from dit_suite.attention.methods import AdaSpaMethod, StayDense, VMoBAMethod, sm
 from dit_suite.attention.partition import Grid
 from dit_suite.attention.vmoba import VMoBAConfig
 from dit_suite.options import Options, fields_of
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.step_plan import Run, StepContext, publish_step
 
 
 @dataclass

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="emoji-lego-64", help="LEGO checkpoint: bundled name or folder")
     parser.add_argument("--data", type=Path, default=Path(DATA), help="held-out pictures")
     parser.add_argument("--breaks", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="values of t_break")
-    parser.add_argument("--samples", type=int, default=64, help="pictures per run; the held-out classes in turn")
+    parser.add_argument("--samples", type=int, default=64, help="pictures per run")
     parser.add_argument("--steps", type=int, default=8, help="Heun steps")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance")
     parser.add_argument("--panoramas", type=int, default=16, help="pictures of the panorama row; 0 leaves it out")
@@ -131,7 +131,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     extractor, reference = load_extractor("enet-lite0", device=args.device), open_source(rows_text)
     count = args.samples
-    job = replace(job, conditions=[job.conditions[index % len(job.conditions)] for index in range(count)])
     rows, unskipped = [], None
     for t_break in (0.0, *args.breaks):
         made, seconds = make(pipe, replace(job, options=replace(job.options, t_break=t_break)), count)

@@ -17,7 +17,7 @@ from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod
 from dit_suite.attention.plugin import SparseAttentionHandle
 from dit_suite.benchmarks.sparse_contenders import Contender
 from dit_suite.files import write_text
-from dit_suite.schedulers.step_plan import current_step
+from dit_suite.step_plan import current_step
 
 _PROBES = (0.3, 0.6, 0.9)
 

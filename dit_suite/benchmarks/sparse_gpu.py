@@ -23,7 +23,7 @@ from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod
 from dit_suite.attention.plugin import SparseAttentionHandle, self_attention_layers
 from dit_suite.attention.vmoba import VMoBAConfig
 from dit_suite.benchmarks.sparse_kernels import interleaved, median_ratio, one_line, random_table, vmoba_runs
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.step_plan import Run, StepContext, publish_step
 
 # Name, (frames, rows, columns) of tokens, heads; head_dim is 128 in both.
 SHAPES = (

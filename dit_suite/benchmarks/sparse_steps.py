@@ -14,7 +14,7 @@ from dit_suite.attention.methods import VMoBAMethod
 from dit_suite.attention.plugin import SparseAttentionHandle
 from dit_suite.benchmarks.sparse_contenders import Contender
 from dit_suite.benchmarks.sparse_kernels import interleaved, median_ratio
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.step_plan import Run, StepContext, publish_step
 
 
 def run_facts(method: Any, steps: int, layers: int, dense: float, gain: float, search: float) -> dict[str, float]:

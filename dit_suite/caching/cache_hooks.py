@@ -18,7 +18,7 @@ from diffusers.hooks import ModelHook
 from dit_suite.caching.block_probe import StreamLayout
 from dit_suite.caching.plan import BACConfig, BACSchedule
 from dit_suite.caching.streams import added_streams, flat_tensors, join_streams, read_streams, split_streams
-from dit_suite.schedulers.step_plan import StepContext, current_step
+from dit_suite.step_plan import StepContext, current_step
 
 _DTYPES = {"same": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

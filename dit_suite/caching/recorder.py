@@ -11,7 +11,7 @@ from dit_suite.caching.block_probe import CacheUnit, StreamLayout, find_blocks, 
 from dit_suite.caching.profile import SimilarityProfile, UnitInfo, block_error, model_fingerprint, similarity_matrix
 from dit_suite.caching.streams import added_streams, flat_tensors, read_streams, split_streams
 from dit_suite.schedulers.root_hook import attach_root_hook
-from dit_suite.schedulers.step_plan import StepContext, current_step
+from dit_suite.step_plan import StepContext, current_step
 
 
 class FlopMeter(TorchDispatchMode):

@@ -18,7 +18,7 @@ from dit_suite.caching.schedule import (
     rank_blocks,
 )
 from dit_suite.golden import Result, compare, section
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.step_plan import Run, StepContext, publish_step
 
 FAMILY = "bac"
 PREFIXES = ("bac_",)

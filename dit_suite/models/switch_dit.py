@@ -29,7 +29,7 @@ from dit_suite.models.dit_blocks import (
     sincos_2d,
     unpatchify,
 )
-from dit_suite.schedulers.step_plan import current_step
+from dit_suite.step_plan import current_step
 
 ROUTINGS = ("experts", "channels", "none")
 WINDOW_EXPONENT = 4.0

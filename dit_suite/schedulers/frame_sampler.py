@@ -14,8 +14,8 @@ import torch
 from dit_suite.models.nfd import NFDTransformer3DModel
 from dit_suite.options import Options, option
 from dit_suite.schedulers.fixed_pass import FixedPass
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from dit_suite.schedulers.trigflow import FrameFlowScheduler, TrigFlowScheduler
+from dit_suite.step_plan import Run, StepContext, publish_step
 
 CONTEXT_MODES = ("rolling", "recompute", "none")
 FIXED_PASSES = {"eager": "none", "compiled": "inductor"}

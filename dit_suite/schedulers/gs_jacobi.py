@@ -41,8 +41,8 @@ from dit_suite.schedulers.flow_system import (
     never,
     why_not_bfloat16,
 )
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
 from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
+from dit_suite.step_plan import Run, StepContext, publish_step
 
 STOPPING = ("sample", "batch")
 

@@ -23,7 +23,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
 
-from dit_suite.schedulers.step_plan import Run, StepContext, current_step, publish_step
+from dit_suite.step_plan import Run, StepContext, current_step, publish_step
 
 HOOK_NAME = "dit_suite_step"
 _UNNAMED_BRANCHES = ("batched", "uncond")

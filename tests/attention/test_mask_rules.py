@@ -25,7 +25,7 @@ from dit_suite.benchmarks.sparse_clips import Probe
 from dit_suite.benchmarks.sparse_contenders import contenders
 from dit_suite.benchmarks.sparse_kernels import interleaved
 from dit_suite.benchmarks.sparse_steps import run_facts
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.step_plan import Run, StepContext, publish_step
 from tests.attention.tiny_models import build, forward, wan_inputs
 
 

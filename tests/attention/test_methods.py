@@ -8,7 +8,7 @@ from diffusers import FirstBlockCacheConfig
 
 from dit_suite.attention import AdaSpaConfig, VMoBAConfig, apply_adaspa, apply_vmoba, estimate_speedup
 from dit_suite.attention.adaspa import LSE_DTYPES
-from dit_suite.schedulers.step_plan import Run
+from dit_suite.step_plan import Run
 from tests.attention import tiny_models
 from tests.attention.test_plugin import SEARCH_AT_0, VMOBA, _run_steps
 from tests.attention.tiny_models import build, forward

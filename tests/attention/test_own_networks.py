@@ -7,7 +7,7 @@ from torch import nn
 from dit_suite.attention import AdaSpaConfig, VMoBAConfig, apply_adaspa, apply_vmoba, supported
 from dit_suite.grafting.models import graft
 from dit_suite.grafting.plan import GraftPlan
-from dit_suite.schedulers.step_plan import StepContext, publish_step
+from dit_suite.step_plan import StepContext, publish_step
 from tests.attention.tiny_models import OWN_CASES, build, forward, picture_inputs, pt_dit_inputs
 
 NAMES = list(OWN_CASES)

@@ -17,7 +17,7 @@ from dit_suite.attention.methods import AdaSpaMethod, VMoBAMethod, smallest_usef
 from dit_suite.attention.plugin import self_attention_layers
 from dit_suite.pipelines.pipeline_text_to_video import TextToVideoPipeline
 from dit_suite.schedulers.generators import sample_generators
-from dit_suite.schedulers.step_plan import Run, StepContext, current_step, publish_step
+from dit_suite.step_plan import Run, StepContext, current_step, publish_step
 from tests.attention import tiny_models
 from tests.attention.tiny_models import CASES, build, forward
 

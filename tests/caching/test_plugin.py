@@ -11,7 +11,7 @@ from dit_suite.caching.block_probe import find_units
 from dit_suite.caching.plan import BACConfig, BACSchedule, build_schedule
 from dit_suite.caching.profile import SimilarityProfile
 from dit_suite.caching.recorder import FlopMeter, ProfileRecorder
-from dit_suite.schedulers.step_plan import Run, StepContext, publish_step
+from dit_suite.step_plan import Run, StepContext, publish_step
 
 NAMES = ("dit", "pixart", "sd3", "flux", "wan", "hunyuan", "cogvideox", "ltx", "latte")
 SUBBLOCK = {"granularity": "subblock", "predictor": "reuse", "order": 1}

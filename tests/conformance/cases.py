@@ -13,8 +13,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from dit_suite.registry import resolve
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
 from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler
-from dit_suite.schedulers.step_plan import current_step
 from dit_suite.schedulers.trigflow import TrigFlowScheduler
+from dit_suite.step_plan import current_step
 from tests.tiny import tiny_pixart, tiny_text_encoder, tiny_tokenizer, tiny_vae
 
 BATCH = 2

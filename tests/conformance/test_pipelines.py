@@ -15,7 +15,7 @@ import torch
 from diffusers import ModelMixin
 
 from dit_suite.registry import TECHNIQUES, resolve
-from dit_suite.schedulers.step_plan import current_step
+from dit_suite.step_plan import current_step
 from tests.conformance.cases import BATCH, PIPELINES, PipelineCase
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from dit_suite.golden import switch_dit as golden
 from dit_suite.models import switch_dit
 from dit_suite.models.dit import DiTModel, dit_config
 from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel, sliding_window
-from dit_suite.schedulers.step_plan import StepContext, publish_step
+from dit_suite.step_plan import StepContext, publish_step
 from dit_suite.training import auxiliary
 from dit_suite.training.auxiliary import (
     DiffusionPriorLoss,

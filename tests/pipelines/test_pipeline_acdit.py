@@ -13,7 +13,7 @@ from dit_suite.golden import read_fixture, section
 from dit_suite.models.acdit import ACDiTTransformer3DModel
 from dit_suite.pipelines.pipeline_acdit import ACDiTPipeline
 from dit_suite.schedulers.generators import sample_generators
-from dit_suite.schedulers.step_plan import current_step
+from dit_suite.step_plan import current_step
 from tests.tiny import tiny_vae
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"

@@ -24,7 +24,7 @@ from dit_suite.converters.dit import make_scheduler
 from dit_suite.models.dit import DiTModel
 from dit_suite.models.switch_dit import SwitchDiTTransformer2DModel
 from dit_suite.pipelines.pipeline_class_to_image import ClassToImagePipeline, read_labels
-from dit_suite.schedulers.step_plan import current_step
+from dit_suite.step_plan import current_step
 from tests.tiny import save_lora
 
 LABELS = {"0": "tench, Tinca tinca", "1": "goldfish", "2": "crane", "3": "crane, machine"}

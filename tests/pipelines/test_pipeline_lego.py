@@ -23,7 +23,7 @@ from dit_suite.pipelines.pipeline_lego import (
 )
 from dit_suite.schedulers.edm_heun import EDMHeunScheduler
 from dit_suite.schedulers.generators import sample_generators
-from dit_suite.schedulers.step_plan import current_step
+from dit_suite.step_plan import current_step
 from tests.tiny import save_lora
 
 FOLDER = Path(__file__).parents[1] / "golden"

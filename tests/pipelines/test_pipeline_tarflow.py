@@ -13,8 +13,8 @@ from dit_suite.options import fields_of
 from dit_suite.pipelines.pipeline_tarflow import TarFlowPipeline
 from dit_suite.schedulers.generators import sample_generators
 from dit_suite.schedulers.gs_jacobi import BlockStrategy, GSJacobiScheduler
-from dit_suite.schedulers.step_plan import current_step
 from dit_suite.schedulers.tarflow_planner import psnr
+from dit_suite.step_plan import current_step
 from tests.models.test_tarflow import tiny_model
 
 

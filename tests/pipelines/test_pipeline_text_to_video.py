@@ -21,7 +21,7 @@ from dit_suite.call_options import TextToVideoOptions
 from dit_suite.pipelines.pipeline_text_to_video import TextToVideoPipeline
 from dit_suite.registry import technique
 from dit_suite.schedulers.generators import sample_generators
-from dit_suite.schedulers.step_plan import current_step
+from dit_suite.step_plan import current_step
 
 ROOT = Path(__file__).parents[2]
 SIZE = {"num_frames": 4, "height": 8, "width": 12}

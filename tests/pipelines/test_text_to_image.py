@@ -17,7 +17,7 @@ from diffusers import (
 from dit_suite.models.pt_dit import PTDiTTransformer3DModel
 from dit_suite.schedulers.diffusers_schedulers import build_scheduler
 from dit_suite.schedulers.generators import sample_generators
-from dit_suite.schedulers.step_plan import current_step
+from dit_suite.step_plan import current_step
 from tests.tiny import save_lora, tiny_pixart, tiny_text_to_image
 
 PROMPT = "red apple , flat style"

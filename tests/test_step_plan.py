@@ -16,7 +16,7 @@ from diffusers import (
 
 from dit_suite.schedulers.generators import randn_per_sample, sample_generators
 from dit_suite.schedulers.root_hook import attach_root_hook
-from dit_suite.schedulers.step_plan import StepContext, current_step, plan_steps, publish_step
+from dit_suite.step_plan import StepContext, current_step, plan_steps, publish_step
 from tests.tiny import tiny_pixart, tiny_text_encoder, tiny_text_to_image, tiny_tokenizer, tiny_vae
 
 
