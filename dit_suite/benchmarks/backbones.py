@@ -216,12 +216,14 @@ def share_blocks(network: torch.nn.Module, plain: torch.nn.Module) -> torch.nn.M
 
 def class_call(model: torch.nn.Module, latent: int, batch: int) -> Callable[[], Any]:
     """One guided sampling step: a batch at one timestep, expanded as pipelines do; it moves on with every call."""
-    images, labels = torch.zeros(batch, model.config.in_channels, latent, latent), torch.arange(batch)
+    device = model.pos_embed.device
+    images = torch.zeros(batch, model.config.in_channels, latent, latent, device=device)
+    labels = torch.arange(batch, device=device)
     state = {"step": 999}
 
     def call() -> Any:
         state["step"] = (state["step"] - 1) % 1000
-        return model(images, torch.full((1,), state["step"]).expand(batch), labels)
+        return model(images, torch.full((1,), state["step"], device=device).expand(batch), labels)
 
     return call
 
