@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def build_network(config: TrainConfig) -> torch.nn.Module:
     """The network in training mode: new weights from the seed, or those of `init_from`.
 
     Raises:
-        ValueError: unknown class or option, or the weights do not fit.
+        ValueError: unknown class or option, the weights do not fit, or `optimizer.only` names nothing.
         FileNotFoundError: `init_from` is not a folder.
     """
     torch.manual_seed(config.run.seed)
@@ -75,7 +75,23 @@ def build_network(config: TrainConfig) -> torch.nn.Module:
             module.dropout_prob = 0.0
     if config.run.gradient_checkpointing:
         network.enable_gradient_checkpointing()
+    freeze_others(network, config.optimizer.only)
     return network.train()
+
+
+def freeze_others(network: torch.nn.Module, only: Sequence[str]) -> None:
+    """Leaves gradients to the parameters whose names begin with one of `only`; nothing named: to all.
+
+    Raises:
+        ValueError: a beginning that no parameter has.
+    """
+    if not only:
+        return
+    for start in only:
+        if not any(name.startswith(start) for name, _ in network.named_parameters()):
+            raise ValueError(f"optimizer.only: no parameter's name begins with {start!r}")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(only)))
 
 
 def attach_attention(config: TrainConfig, network: torch.nn.Module) -> Any:

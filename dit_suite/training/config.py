@@ -72,6 +72,7 @@ class OptimizerSection(Options):
     decay: str = option("linear", "shape of the decay", choices=("none", "linear", "cosine"))
     decay_share: float = option(0.4, "share of the steps that decay", minimum=0.0, maximum=1.0)
     final_lr: float = option(0.0, "learning rate at the end, as a share of the peak", minimum=0.0, maximum=1.0)
+    only: tuple[str, ...] = option((), "train only parameters whose names begin with one of these (default: all)")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ def start_from_checkpoint(values: Mapping[str, Any]) -> dict[str, Any]:
     values.setdefault("task", row.task)
     if "scheduler" not in values:
         scheduler = _read(folder / "scheduler" / "scheduler_config.json")
-        values["scheduler"] = {"name": scheduler["_class_name"], "options": _plain(scheduler)}
+        library, name = index["scheduler"]
+        name = name if library == "diffusers" else f"{library}:{name}"
+        values["scheduler"] = {"name": name, "options": _plain(scheduler)}
     settings = {key: value for key, value in _plain(index).items() if not isinstance(value, list)}
     values["pipeline"] = {**settings, **(values.get("pipeline") or {})}
     return values
