@@ -19,17 +19,17 @@ import torch
 from safetensors import safe_open
 
 from dit_suite.checkpoints import SHARD_SIZE, find_checkpoint, open_pipeline
-from dit_suite.compact_weights import SCALE
+from dit_suite.compact_weights import is_compact, save_compact
 from dit_suite.files import replacing_folder
 from dit_suite.schedulers.generators import randn_per_sample, sample_generators
 from dit_suite.schedulers.gs_jacobi import FlowGuidance
-from dit_suite.schedulers.tarflow_planner import Planner, calibrate, fit_guesses
+from dit_suite.schedulers.tarflow_planner import Planner, calibrate, fit_guesses, without_guesses
 
 DEFAULT_KERNEL = 3
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the first floating-point weight on the disk; scales of weights in one byte do not count.
+    """The dtype of the first floating-point weight on the disk.
 
     Raises:
         ValueError: there is none.
@@ -38,7 +38,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
         with safe_open(path, "pt") as file:
             for name in sorted(file.keys()):
                 dtype = file.get_tensor(name).dtype
-                if dtype.is_floating_point and not name.endswith(SCALE):
+                if dtype.is_floating_point:
                     return dtype
     raise ValueError(f"{folder} holds no floating-point weights")
 
@@ -60,6 +60,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         help="side of the linear guess to fit, in tokens; 0: none (default: the checkpoint's own guess, or one of 3)",
     )
+    parser.add_argument("--refit", action="store_true", help="fit the linear guess again, as after a training")
     parser.add_argument("--guidance-scale", type=float, default=1.0, help="guidance that the plan is for")
     parser.add_argument("--seed", type=int, default=1_000_000, help="first seed of the calibration samples")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -75,15 +76,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def make_plan(arguments: argparse.Namespace) -> tuple:
     """The planned pipeline and the plan."""
     checkpoint = find_checkpoint(arguments.model)
-    dtype = stored_dtype(checkpoint.folder)
+    dtype = torch.float32 if is_compact(checkpoint.folder / "transformer") else stored_dtype(checkpoint.folder)
     pipe = open_pipeline(checkpoint, device=arguments.device)
     if not hasattr(pipe.transformer, "num_tokens") or not hasattr(pipe.scheduler, "strategy_of"):
         raise ValueError(f"{arguments.model} is not a TarFlow checkpoint")
     model = pipe.transformer.requires_grad_(False)
+    if arguments.refit:
+        model = without_guesses(model)
     if arguments.kernel is not None and model.config.guess_kernel:
         raise ValueError(
             f"{arguments.model} has a linear guess already (guess_kernel {model.config.guess_kernel}), which is kept: "
-            "leave out --kernel"
+            "leave out --kernel, or give --refit"
         )
     kernel = DEFAULT_KERNEL if arguments.kernel is None else arguments.kernel
     generators = sample_generators(arguments.seed, range(arguments.samples))
@@ -125,11 +128,14 @@ def make_plan(arguments: argparse.Namespace) -> tuple:
 
 
 def save(pipe, source: Path, output: Path) -> None:
-    """Writes the checkpoint and the texts that lie beside it, whole or not at all."""
+    """Writes the checkpoint and the texts that lie beside it, whole or not at all; compact weights stay compact."""
     if output.exists():
         raise FileExistsError(f"{output} exists already")
     with replacing_folder(output) as part:
         pipe.save_pretrained(part, max_shard_size=SHARD_SIZE)
+        if is_compact(source / "transformer"):
+            shutil.rmtree(part / "transformer")
+            save_compact(pipe.transformer, part / "transformer")
         for text in source.iterdir():
             if text.is_file() and not (part / text.name).exists():
                 shutil.copyfile(text, part / text.name)

@@ -137,6 +137,14 @@ def calibrate(
     return Calibration((first, *(trace.tokens for trace in solution.blocks)), class_labels)
 
 
+def without_guesses(model: TarFlowModel) -> TarFlowModel:
+    """The same flow without linear first guesses; a new model in eval mode that shares the weights."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    bare = TarFlowModel(**{**config, "guess_kernel": 0}).to(model.device)
+    bare.load_state_dict({k: v for k, v in model.state_dict().items() if ".guess." not in k}, assign=True)
+    return bare.eval()
+
+
 def fit_guesses(model: TarFlowModel, calibration: Calibration, kernel: int = 3, ridge: float = 10.0) -> TarFlowModel:
     """The same flow with a linear first guess per block: ridge regression of x on the `kernel` x `kernel` tokens of z.
 
@@ -346,9 +354,9 @@ class Planner:
         return psnr(self.model.unpatchify(tokens), self.model.unpatchify(data.states[-1]))
 
     def fixed_strategies(
-        self, name: str, guesses: list[str], target_psnr: float, bfloat16: bool = False
+        self, name: str, guesses: list[str], target_psnr: float, bfloat16: bool = False, sequential_first: bool = True
     ) -> list[tuple[tuple[BlockStrategy, ...], dict]]:
-        """The first sampled block sequential, the others M sweeps from their `guesses`, for M = 1, 2, ...
+        """M sweeps for every block from its guess, for M = 1, 2, ..., or for all but the first sampled one.
 
         The last row is the first that reaches the target. Those that miss it on a few pictures are measured on these.
         With `bfloat16` all sweeps but a block's last one run in bfloat16.
@@ -356,8 +364,9 @@ class Planner:
         rows = []
         for sweeps in range(1, MAX_SWEEPS + 1):
             reduced = sweeps - 1 if bfloat16 else 0
-            solved = (BlockStrategy(1, sweeps, guess, bfloat16_sweeps=reduced) for guess in guesses[1:])
-            strategies = (BlockStrategy(), *solved)
+            strategies = tuple(BlockStrategy(1, sweeps, guess, bfloat16_sweeps=reduced) for guess in guesses)
+            if sequential_first:
+                strategies = (BlockStrategy(), *strategies[1:])
             values = self.check(strategies, self.held_out.rows(slice(0, FEW)))
             if float(values.min()) >= target_psnr:
                 values = self.check(strategies)
@@ -365,6 +374,25 @@ class Planner:
             self.say(f"fixed: {rows[-1][1]}")
             if floor(values) >= target_psnr:
                 break
+        return rows
+
+    def rivals(
+        self, guesses: list[str], target_psnr: float, sequential_first: bool
+    ) -> list[list[tuple[tuple[BlockStrategy, ...], dict]]]:
+        """`fixed_strategies` from the paper's guesses and from the linear one, and with bfloat16 where that pays.
+
+        Without `sequential_first` also those that sweep the first sampled block too.
+        """
+        kinds = {"paper": guesses}
+        if self.model.config.guess_kernel:
+            kinds["linear"] = ["linear"] * len(guesses)
+        best, rows = list(kinds)[-1], [self.fixed_strategies(*kind, target_psnr) for kind in kinds.items()]
+        for first in (True,) if sequential_first else (True, False):
+            name = best if first else f"{best}, every block"
+            if not first:
+                rows.append(self.fixed_strategies(name, kinds[best], target_psnr, sequential_first=False))
+            if self._reduces:
+                rows.append(self.fixed_strategies(f"{name}, bfloat16", kinds[best], target_psnr, True, first))
         return rows
 
     def race(self, rivals: list[tuple[BlockStrategy, ...]]) -> list[float]:
@@ -425,11 +453,7 @@ class Planner:
         guesses, gains = metrics.guesses(), self.gains()
         table = self.measure(guesses, gains, tough_blocks(metrics))
         strategies, values = self.search(table, gains, target_psnr, max_seconds)
-        kinds = {"paper": guesses} | ({"linear": ["linear"] * len(gains)} if self.model.config.guess_kernel else {})
-        fixed = [self.fixed_strategies(name, kind, target_psnr) for name, kind in kinds.items()]
-        if self._reduces:
-            name, kind = list(kinds.items())[-1]
-            fixed.append(self.fixed_strategies(f"{name}, bfloat16", kind, target_psnr, bfloat16=True))
+        fixed = self.rivals(guesses, target_psnr, sequential_first=strategies[0].modules == 0)
         plain = (BlockStrategy(),) * len(gains)
         sequential, seconds, *others = self.race([plain, strategies, *(rows[-1][0] for rows in fixed)])
         for spent, rows in zip(others, fixed, strict=True):
