@@ -3,7 +3,8 @@
 One program copies a tile of rows of one head, 16 bytes a load, so that a row is read in one piece wherever it lies.
 Heads may be interleaved in memory (a transposed view): they are read as they are. Triton's interpreter
 (`TRITON_INTERPRET=1` before the first import) runs the same code on CPU tensors, which checks its logic but says
-nothing about its speed. The compiled kernel has never run on a GPU.
+nothing about its speed. It compiles for compute capability 8.0 and 9.0 to the copies meant (tested), but has never run
+on a GPU.
 """
 
 import functools

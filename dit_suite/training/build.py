@@ -212,7 +212,9 @@ def make_pipeline(config: TrainConfig, network: torch.nn.Module, class_names: Ma
     """
     cls = technique(config.technique).pipeline_class()
     names = {"id2label": {str(key): value for key, value in class_names.items()}} if class_names else {}
-    given = {"transformer": network, "scheduler": construct(config.scheduler), **names, **config.pipeline}
+    given = {"transformer": network, "scheduler": construct(config.scheduler), **config.pipeline}
+    if given.get("id2label") is None:
+        given |= names
     known = inspect.signature(cls.__init__).parameters
     for key in config.pipeline:
         if key not in known:

@@ -142,6 +142,21 @@ class ActionCondition:
         raise ValueError("sample grids of an action model need recorded first frames: set run.preview_every=0")
 
 
+def _check_names(trained: Mapping[str, str], given: Mapping[int, str]) -> None:
+    """A checkpoint with named classes goes on with data that call them the same.
+
+    Raises:
+        ValueError: the data have a class that the checkpoint lacks or calls otherwise.
+    """
+    for index, name in given.items():
+        known = trained.get(str(index))
+        if trained and known != name:
+            raise ValueError(
+                f"class {index} of the data set is {name!r}, but {known!r} in the checkpoint: order the data's classes "
+                "as there, or give pipeline.id2label=null to train its classes anew"
+            )
+
+
 def _class_condition(config: TrainConfig, source: Source, model: torch.nn.Module) -> Conditioner:
     own = getattr(getattr(model, "config", None), "num_classes", None)
     if config.condition.null_label is None and source.num_classes and own not in (None, source.num_classes):
@@ -149,6 +164,7 @@ def _class_condition(config: TrainConfig, source: Source, model: torch.nn.Module
             f"the network has {own} classes, but the data set has {source.num_classes}: "
             f"set model.options.num_classes={source.num_classes}, or null to take the number from the data"
         )
+    _check_names(config.pipeline.get("id2label") or {}, source.class_names)
     accepted = accepted_arguments(model)
     return ClassCondition(accepted, source.num_classes, config.condition.null_label, config.condition.dropout)
 

@@ -1,6 +1,8 @@
 """Training that starts from a checkpoint folder: plain and grafted."""
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,6 +43,22 @@ def test_a_finished_checkpoint_is_the_start(finished, tmp_path):
     assert after.keys() == before.keys() and any(not torch.equal(after[key], before[key]) for key in before)
     settings = json.loads((tmp_path / "run" / "checkpoint" / "training.json").read_text())["config"]
     assert settings["init_from"] == "checkpoint"
+
+
+def test_classes_of_other_names_are_refused(finished, tmp_path):
+    """The data's class 1 must be the checkpoint's class 1, unless its names are given up; then the data's are saved."""
+    folder = tmp_path / "renamed"
+    shutil.copytree(finished[1] / "checkpoint", folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    names = dict(index["id2label"])
+    index["id2label"] = {**names, "0": names["1"], "1": names["0"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"class 0 of the data set is '{names['0']}', but '{names['1']}'"):
+        Trainer(start(folder, tmp_path))
+    config = start(folder, tmp_path)
+    anew = dataclasses.replace(config, pipeline={**config.pipeline, "id2label": None})
+    written = Trainer(anew).run()
+    assert json.loads((written / "model_index.json").read_text())["id2label"] == names
 
 
 def test_a_grafted_folder_keeps_its_plan(finished, tmp_path):
