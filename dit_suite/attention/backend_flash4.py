@@ -6,7 +6,6 @@ masks the sequence tail on the entry it starts with only, so tables have to be a
 
 import functools
 import importlib
-import importlib.util
 
 import torch
 
@@ -15,18 +14,25 @@ _HEAD_DIMS = (64, 96, 128)
 
 
 @functools.lru_cache(maxsize=1)
-def _installed() -> bool:
-    return (
-        importlib.util.find_spec("flash_attn") is not None and importlib.util.find_spec("flash_attn.cute") is not None
-    )
+def import_problem() -> str | None:
+    """Why flash-attn-4 can't be imported; None if it can. It is tried once, on the first call with CUDA tensors."""
+    try:
+        importlib.import_module("flash_attn.cute.interface")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("flash_attn"):
+            return "flash-attn-4 is not installed (pip install 'dit-suite[flash-attn-4]')"
+        return f"flash-attn-4 is installed without what it needs: {error}"
+    except Exception as error:  # whatever a beta and its compiler raise at import: another backend runs instead
+        return f"flash-attn-4 can't be imported: {type(error).__name__}: {error}"
+    return None
 
 
 def flash4_unavailable(query: torch.Tensor, key: torch.Tensor, block_size: int, explicit: bool = False) -> str | None:
     """Why flash-attn-4 cannot run this call; None if it can."""
     if query.device.type != "cuda":
         return f"flash-attn-4 runs on CUDA, the tensors are on {query.device.type}"
-    if not _installed():
-        return "flash-attn-4 is not installed (pip install 'dit-suite[flash-attn-4]')"
+    if (problem := import_problem()) is not None:
+        return problem
     if torch.cuda.get_device_capability(query.device)[0] != 9:
         # Blackwell's kernel works on pairs of query tiles and refuses query blocks of 128 tokens.
         return "flash-attn-4 takes 128-token query blocks on compute capability 9.x only"

@@ -25,10 +25,10 @@ from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler, solve
 from dit_suite.schedulers.tarflow_metrics import FlowMetrics, flow_metrics
 from dit_suite.schedulers.tarflow_strategy import BlockStrategy, FlowGuidance
 
-MAX_SWEEPS = 8
+MAX_SWEEPS = 16
 TOLERANCES = (0.05, 0.03, 0.02, 0.014, 0.01, 0.007, 0.005, 0.0035, 0.0025)
 MODULES = (4, 8, 16)
-BFLOAT16_SWEEPS = (1, 2, 3)
+BFLOAT16_SWEEPS = (1, 2, 3, 4, 6)
 TOUGH = 2.0
 HOPELESS = 0.1
 GAIN_ROWS = 8

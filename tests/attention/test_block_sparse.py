@@ -1,13 +1,14 @@
 """Every backend of block_sparse_attention against the dense-mask oracle, and what `auto` chooses."""
 
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dit_suite.attention import backend_flex, compiling
+from dit_suite.attention import backend_flash4, backend_flex, compiling
 from dit_suite.attention.block_sparse import (
     WorkCounter,
     block_count,
@@ -278,3 +279,34 @@ def test_cuda_backends_equal_oracle(backend, length):
     assert (out - expected).abs().max() < 2e-2
     assert (lse[kept] - expected_lse[kept]).abs().max() < 2e-2
     assert out[~kept].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (None, "flash-attn-4 is not installed"),
+        ("import cutlass_that_is_absent", "installed without what it needs: No module named 'cutlass_that_is_absent'"),
+        ("raise AttributeError('no arch')", "can't be imported: AttributeError: no arch"),
+        ("", None),
+    ],
+)
+def test_flash_attn_that_can_not_be_imported_says_why(tmp_path, monkeypatch, body, sentence):
+    """An older flash-attn without the new kernels, one without its library, a broken one, and one that imports."""
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    if body is not None:
+        (package / "cute").mkdir()
+        (package / "cute" / "__init__.py").touch()
+        (package / "cute" / "interface.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    backend_flash4.import_problem.cache_clear()
+    try:
+        problem = backend_flash4.import_problem()
+        assert problem is None if sentence is None else sentence in problem
+    finally:
+        backend_flash4.import_problem.cache_clear()
+        for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
+            del sys.modules[name]
