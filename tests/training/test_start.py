@@ -10,6 +10,9 @@ import torch
 from dit_suite.checkpoints import load_pipeline
 from dit_suite.grafting.models import GraftedDiTModel, graft
 from dit_suite.grafting.plan import GraftPlan
+from dit_suite.models.tarflow import TarFlowModel
+from dit_suite.pipelines.pipeline_tarflow import TarFlowPipeline
+from dit_suite.schedulers.gs_jacobi import GSJacobiScheduler
 from dit_suite.training.config import load_config
 from dit_suite.training.trainer import Trainer
 
@@ -43,6 +46,43 @@ def test_a_finished_checkpoint_is_the_start(finished, tmp_path):
     assert after.keys() == before.keys() and any(not torch.equal(after[key], before[key]) for key in before)
     settings = json.loads((tmp_path / "run" / "checkpoint" / "training.json").read_text())["config"]
     assert settings["init_from"] == "checkpoint"
+
+
+@pytest.fixture
+def flow_folder(tmp_path):
+    torch.manual_seed(0)
+    flow = TarFlowModel(
+        sample_size=8, patch_size=2, hidden_size=16, num_blocks=2, num_layers=1, head_dim=8, num_classes=16
+    )
+    flow.blocks[1].proj_out.weight.data.normal_(0.0, 0.1)  # zeros would keep gradients from what comes before
+    TarFlowPipeline(flow, GSJacobiScheduler(modules=[0, 1], sweeps=[1, 2])).save_pretrained(tmp_path / "flow")
+    return tmp_path / "flow"
+
+
+FLOW_RECIPE = RECIPE.replace("rectified_flow", "{{name: flow_nll, options: {{noise_std: 0.05}}}}") + (
+    "condition: {{null_label: -1}}\n"
+)
+
+
+def test_a_scheduler_of_ours_comes_along_and_only_the_parameters_named_are_trained(flow_folder, tmp_path):
+    path = tmp_path / "flow.yaml"
+    path.write_text(FLOW_RECIPE.format(folder=flow_folder, output=tmp_path / "run"))
+    config = load_config(path, ["optimizer.only=[blocks.1.layers.0.ff, blocks.1.proj_in.bias]"])
+    assert config.scheduler.name == "dit_suite.schedulers.gs_jacobi:GSJacobiScheduler"
+    before = load_pipeline(flow_folder)
+    after = load_pipeline(Trainer(config).run())
+    assert after.scheduler.strategies == before.scheduler.strategies
+    pairs = zip(before.transformer.named_parameters(), after.transformer.named_parameters(), strict=True)
+    moved = {name for (name, value), (_, other) in pairs if not torch.equal(value, other)}
+    assert moved == {
+        "blocks.1.proj_in.bias",
+        "blocks.1.layers.0.ff_in.weight",
+        "blocks.1.layers.0.ff_in.bias",
+        "blocks.1.layers.0.ff_out.weight",
+        "blocks.1.layers.0.ff_out.bias",
+    }
+    with pytest.raises(ValueError, match="optimizer.only: no parameter's name begins with 'head.'"):
+        Trainer(load_config(path, ["optimizer.only=[blocks.0., head.]"]))
 
 
 def test_classes_of_other_names_are_refused(finished, tmp_path):
