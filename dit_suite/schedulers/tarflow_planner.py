@@ -137,10 +137,15 @@ def calibrate(
     return Calibration((first, *(trace.tokens for trace in solution.blocks)), class_labels)
 
 
+def _with_kernel(model: TarFlowModel, kernel: int) -> TarFlowModel:
+    """A new model of the same options but `guess_kernel`, on the same device, with weights of its own."""
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return TarFlowModel(**{**config, "guess_kernel": kernel}).to(model.device)
+
+
 def without_guesses(model: TarFlowModel) -> TarFlowModel:
     """The same flow without linear first guesses; a new model in eval mode that shares the weights."""
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    bare = TarFlowModel(**{**config, "guess_kernel": 0}).to(model.device)
+    bare = _with_kernel(model, 0)
     bare.load_state_dict({k: v for k, v in model.state_dict().items() if ".guess." not in k}, assign=True)
     return bare.eval()
 
@@ -156,8 +161,7 @@ def fit_guesses(model: TarFlowModel, calibration: Calibration, kernel: int = 3, 
         A new model in eval mode; the flow's weights are shared.
     """
     side = math.isqrt(model.num_tokens)
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    fitted = TarFlowModel(**{**config, "guess_kernel": kernel}).to(model.device)
+    fitted = _with_kernel(model, kernel)
     missing, unexpected = fitted.load_state_dict(model.state_dict(), strict=False, assign=True)
     if unexpected or any(".guess." not in name for name in missing):
         raise ValueError("the model was already planned with another guess_kernel")

@@ -164,7 +164,8 @@ def _class_condition(config: TrainConfig, source: Source, model: torch.nn.Module
             f"the network has {own} classes, but the data set has {source.num_classes}: "
             f"set model.options.num_classes={source.num_classes}, or null to take the number from the data"
         )
-    _check_names(config.pipeline.get("id2label") or {}, source.class_names)
+    if config.init_from:
+        _check_names(config.pipeline.get("id2label") or {}, source.class_names)
     accepted = accepted_arguments(model)
     return ClassCondition(accepted, source.num_classes, config.condition.null_label, config.condition.dropout)
 

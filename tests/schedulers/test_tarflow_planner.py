@@ -115,6 +115,24 @@ def test_module_candidates_reach_their_tolerances_while_they_are_fast_enough():
     assert offered <= {0, 1, 4}
 
 
+class Listed(Planner):
+    """A planner that tries modules by name only."""
+
+    def _gauss_seidel(self, index, guess, modules, limit):
+        return [candidate(0.0, 0.0, sweeps=100 + modules)]
+
+
+@pytest.mark.parametrize(("spread", "tried"), [(0.01, set()), (0.3, {104, 108})])
+def test_modules_are_not_tried_where_one_sweep_is_enough(spread, tried):
+    model = tiny_model(spread=spread)
+    data = calibration(model, 6)
+    planner = Listed(model, data.rows(slice(0, 4)), data.rows(slice(4, 6)), FlowGuidance(), batch_size=2, repeats=1)
+    once = planner._jacobi(1, "zero", math.inf)[0]
+    assert once.strategy.sweeps == 1 and (float(once.errors.mean()) > TOLERANCES[0]) == bool(tried)
+    offered = {each.strategy.sweeps for each in planner.candidates(1, "zero", modules=(4, 8))}
+    assert {sweeps for sweeps in offered if sweeps > 100} == tried
+
+
 class Raced(Planner):
     """A planner whose race has known results: sequential, plan, fixed with the paper's guess, fixed with the linear.
 
